@@ -1,0 +1,570 @@
+"""All that learns: Drama's world model, the dreams it makes, and the actor-critic they train.
+
+The time index, everywhere in this project (paper, figure 1 and algorithm 1):
+
+    step             t                t+1
+    frame            O_t              O_{t+1}
+    latent           z_t              z_{t+1}         z_t ~ q(z | O_t): from the frame alone
+    actor sees       [z_t, d_{t-1}]                   d_{t-1} = 0 at an episode's first frame
+    action           a_t
+    outcome          r_t, e_t                         what a_t earned; whether it ended the life
+    deterministic    d_t = f(z_<=t, a_<=t)            holds a_t
+    read from d_t    z^_{t+1}, r^_t, e^_t             never from d_{t-1}
+
+z_t is the posterior of a real frame in play and at a dream's first step, and a sample of the
+prior inside a dream. Because q looks at one frame only, a whole batch of windows is encoded,
+scanned and scored at once; scan.py does the scanning.
+
+Shapes: B batch, L length, N dreams, T horizon, K groups, C classes, Z = K * C, D width of d,
+F = Z + D, A actions. Losses: paper, equations 6 and 7. D1, D2 ... name faults of the published
+code that are settled here; the README lists them.
+
+Read before: scan.py. Read next: drama.py.
+"""
+
+import copy
+import math
+from collections import deque
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scan import SequenceModel, State
+
+NORM_EPS = 1e-5  # of every RMSNorm, as in the reference code; torch's default is smaller
+
+
+# ---------------------------------------------------------------- distributions
+
+
+def one_hot(index: Tensor, classes: int) -> Tensor:
+    """(...) integers -> (..., classes) float32, exactly 0 or 1 (D1)."""
+    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
+
+
+def mixed_softmax(logits: Tensor, uniform: float) -> Tensor:
+    """(1 - uniform) softmax + uniform / classes, in float32: no class is ever ruled out."""
+    return (1 - uniform) * logits.float().softmax(-1) + uniform / logits.shape[-1]
+
+
+def sample(probs: Tensor) -> Tensor:
+    """(..., classes) probabilities -> (...) indices: inverse CDF, one uniform number each."""
+    cdf = probs.cumsum(-1)
+    threshold = torch.rand(probs.shape[:-1], device=probs.device).unsqueeze(-1) * cdf[..., -1:]
+    return (cdf < threshold).sum(-1)
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL[p || q] of (..., K, C) categoricals, summed over the K of a step -> (...)."""
+    return (p * (p.log() - q.log())).sum((-2, -1))
+
+
+class TwoHot(nn.Module):
+    """A number as a distribution over 255 bins at symexp(k), k evenly spaced from -20 to 20.
+
+    Targets are split between the two bins around them and expectations are taken in raw space,
+    not in symlog space, where a rare large reward would all but vanish (P10). The bins mirror
+    each other about an exact 0, and halves are added pairwise, so a flat distribution reads 0.
+    Source: DreamerV3 (2024), section "Robust prediction".
+    """
+
+    LIMIT, HALF = 20.0, 127
+
+    def __init__(self):
+        super().__init__()
+        positive = torch.linspace(0, self.LIMIT, self.HALF + 1).expm1()[1:]
+        bins = torch.cat([-positive.flip(0), torch.zeros(1), positive])
+        self.register_buffer("bins", bins, persistent=False)
+
+    @classmethod
+    def initialise(cls, layer: nn.Linear):
+        """Zero weights, and less mass the further out: flat tails would read 100,000s for long."""
+        nn.init.zeros_(layer.weight)
+        k = torch.linspace(-cls.LIMIT, cls.LIMIT, 2 * cls.HALF + 1)
+        layer.bias.data.copy_(-1.5 * k.abs())
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """(..., 255) logits -> (...) expectation, in float32 (D7)."""
+        p = logits.float().softmax(-1)
+        below, above = p[..., : self.HALF].flip(-1), p[..., self.HALF + 1 :]
+        return ((above - below) * self.bins[self.HALF + 1 :]).sum(-1)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy of (..., 255) logits to (...) numbers; beyond the last bin counts as it."""
+        target = target.clamp(self.bins[0], self.bins[-1])
+        below = (self.bins <= target.unsqueeze(-1)).sum(-1).sub(1).clamp(max=2 * self.HALF - 1)
+        low, high = self.bins[below], self.bins[below + 1]
+        share = ((target - low) / (high - low)).unsqueeze(-1)  # of the upper bin
+        log_p = logits.float().log_softmax(-1)
+        picked = log_p.gather(-1, torch.stack([below, below + 1], -1))  # (..., 2)
+        return -(picked * torch.cat([1 - share, share], -1)).sum(-1)
+
+
+# ---------------------------------------------------------------- networks
+
+
+def mlp(d_input: int, hidden: int, layers: int, d_output: int) -> nn.Sequential:
+    """`layers` times Linear, RMSNorm, SiLU, then a Linear."""
+    blocks = []
+    for width in [d_input] + [hidden] * (layers - 1):
+        blocks += [nn.Linear(width, hidden), nn.RMSNorm(hidden, eps=NORM_EPS), nn.SiLU()]
+    return nn.Sequential(*blocks, nn.Linear(hidden, d_output))
+
+
+def encoder(channels: list[int], strides: list[int], kernel: int) -> nn.Sequential:
+    """Frames (B, 3, 64, 64) -> (B, channels[-1] * side * side)."""
+    blocks = []
+    for before, after, stride in zip([3] + channels, channels, strides):
+        conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
+        blocks += [conv, nn.BatchNorm2d(after), nn.SiLU()]
+    return nn.Sequential(*blocks, nn.Flatten())
+
+
+def decoder(d_input: int, channels: list[int], strides: list[int], kernel: int, side: int):
+    """The encoder mirrored: (B, d_input) -> logits of frames (B, 3, 64, 64)."""
+    padding = (kernel - 1) // 2
+    blocks = [
+        nn.Linear(d_input, channels[-1] * side * side),
+        nn.Unflatten(1, (channels[-1], side, side)),
+    ]
+    for before, after, stride in zip(channels[::-1], channels[-2::-1] + [3], strides[::-1]):
+        extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
+        conv = nn.ConvTranspose2d(before, after, kernel, stride, padding, output_padding=extra)
+        blocks += [nn.BatchNorm2d(before), nn.SiLU(), conv]
+    return nn.Sequential(*blocks)
+
+
+def truncated_normal(*modules: nn.Module):
+    """Weights of variance 2 / (fan_in + fan_out), cut at two deviations; biases 0."""
+    for layer in (layer for module in modules for layer in module.modules()):
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+            deviation = math.sqrt(2 / (fan_in + fan_out)) / 0.8796  # what the cut leaves of 1
+            nn.init.trunc_normal_(layer.weight, 0, deviation, -2 * deviation, 2 * deviation)
+            nn.init.zeros_(layer.bias)
+
+
+def image_layout(device: torch.device) -> torch.memory_format:
+    """Layout of images: channels last is 1.6 times faster on a CPU; MPS does not have it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+# ---------------------------------------------------------------- world model
+
+
+class Start(NamedTuple):
+    """Where a dream begins: what the actor sees at step t, and the state that step t-1 left."""
+
+    z: Tensor  # (N, K) indices of z_t
+    d: Tensor  # (N, D) d_{t-1}
+    state: tuple[State, ...]  # of the sequence model
+    first: Tensor  # (N,) bool: step t opens an episode, so d and state count as zero
+
+
+class Dream(NamedTuple):
+    """T imagined steps of N dreams, time first."""
+
+    z: Tensor  # (T + 1, N, K) indices of z_0 .. z_T
+    d: Tensor  # (T + 1, N, D) d_{-1} .. d_{T-1}
+    action: Tensor  # (T, N) a_0 .. a_{T-1}
+    reward: Tensor  # (T, N) expected r_t, read from d_t
+    end: Tensor  # (T, N) probability of e_t, read from d_t
+
+
+class WorldModel(nn.Module):
+    """Discrete autoencoder, sequence model, and heads for what comes next.
+
+    `balance` learns one weight for each of the image, reward and latent losses (HarmonyDream,
+    equation 6); `event_weights` looks closer at the few pixels that moved.
+    """
+
+    def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernel: int,
+                 groups: int, classes: int, d_model: int, layers: int, backbone: str,
+                 d_state: int, head_dim: int, dropout: float, head_hidden: int, unimix: float,
+                 free_nats: float, representation_scale: float, balance: bool,
+                 event_weights: bool, size: int = 64):  # fmt: skip
+        super().__init__()
+        self.actions, self.groups, self.classes = actions, groups, classes
+        self.unimix, self.free_nats = unimix, free_nats
+        self.representation_scale, self.event_weights = representation_scale, event_weights
+        d_latent, side = groups * classes, size // math.prod(strides)
+        self.encoder = encoder(channels, strides, kernel)
+        self.posterior_head = nn.Linear(channels[-1] * side * side, d_latent)
+        self.decoder = decoder(d_latent, channels, strides, kernel, side)
+        self.sequence = SequenceModel(d_latent + actions, d_model, layers=layers, dropout=dropout,
+                                      backbone=backbone, d_state=d_state, head_dim=head_dim)  # fmt: skip
+        self.prior_head = nn.Linear(d_model, d_latent)
+        self.two_hot = TwoHot()
+        self.reward_head = mlp(d_model, head_hidden, 1, len(self.two_hot.bins))
+        self.end_head = mlp(d_model, head_hidden, 1, 1)
+        truncated_normal(self.encoder, self.decoder, self.reward_head, self.end_head)
+        TwoHot.initialise(self.reward_head[-1])
+        self.balance = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(())) for name in ("image", "reward", "latent")}
+            if balance else {})  # fmt: skip
+
+    def images(self, frame: Tensor) -> Tensor:
+        """uint8 frames (..., size, size, 3) -> float32 (prod(...), 3, size, size) in [0, 1]."""
+        image = frame.flatten(end_dim=-4).permute(0, 3, 1, 2).float() / 255
+        return image.contiguous(memory_format=image_layout(frame.device))
+
+    def posterior(self, image: Tensor) -> Tensor:
+        """Images (B, 3, size, size) -> probabilities of z (B, K, C)."""
+        logits = self.posterior_head(self.encoder(image))
+        return mixed_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
+
+    def prior(self, d: Tensor) -> Tensor:
+        """d_t (..., D) -> probabilities of z_{t+1} (..., K, C)."""
+        logits = self.prior_head(d)
+        return mixed_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
+
+    def token(self, z: Tensor, action: Tensor) -> Tensor:
+        """Latents, as indices (..., K) or one-hot (..., K, C), and actions -> (..., Z + A)."""
+        latent = z if z.is_floating_point() else one_hot(z, self.classes)
+        return torch.cat([latent.flatten(-2), one_hot(action, self.actions)], -1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents, as indices (B, K) or one-hot (B, K, C) -> images (B, 3, size, size)."""
+        latent = z if z.is_floating_point() else one_hot(z, self.classes)
+        return self.decoder(latent.flatten(-2)).float().sigmoid()
+
+    def image_weights(self, frame: Tensor, first: Tensor) -> Tensor:
+        """Frames (B, L, size, size, 3) -> weight of every pixel (B * L, 1, size, size).
+
+        A small ball is lost in a plain sum over the pixels. Where a few pixels, under 5 %, have
+        moved since the frame before, they keep weight 1 and the still ones take half.
+        """
+        grey = frame.float().mean(-1)  # (B, L, size, size), in 0 .. 255
+        moved = ((grey[:, 1:] - grey[:, :-1]).abs() > 16).float()
+        share = moved.mean((-2, -1))
+        few = (share > 0) & (share < 0.05) & ~first[:, 1:]
+        weight = torch.where(few[..., None, None], 0.5 + 0.5 * moved, 1.0)
+        return F.pad(weight, (0, 0, 0, 0, 1, 0), value=1.0).flatten(0, 1).unsqueeze(1)
+
+    def loss(self, batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Windows (B, L) -> loss, metrics, and the latents just drawn, as indices (B, L, K).
+
+        Paper, equations 6 and 7. The free nat is taken step by step: averaged first, it would
+        leave rare surprising frames without a gradient (P6). No KL leads from an episode's last
+        step to the next one's first frame (T2).
+        """
+        B, L = batch.action.shape
+        image = self.images(batch.frame)  # (B * L, 3, size, size)
+        posterior = self.posterior(image)  # (B * L, K, C)
+        z = sample(posterior.detach())
+        latent = one_hot(z, self.classes) + (posterior - posterior.detach())  # straight through
+
+        error = (self.decode(latent) - image).square()
+        if self.event_weights:
+            error = error * self.image_weights(batch.frame, batch.first)
+
+        posterior, latent = posterior.unflatten(0, (B, L)), latent.unflatten(0, (B, L))
+        d, _ = self.sequence(self.token(latent, batch.action), reset=batch.first)  # (B, L, D)
+        before, after = self.prior(d[:, :-1]), posterior[:, 1:]  # both of step t + 1
+        dynamics = kl_divergence(after.detach(), before)  # (B, L - 1)
+        representation = kl_divergence(after, before.detach())
+        within = (~batch.first[:, 1:]).float()
+
+        def mean_within(kl):
+            return (kl.clamp(min=self.free_nats) * within).sum() / within.sum().clamp(min=1)
+
+        end_logit = self.end_head(d).float().squeeze(-1)
+        losses = dict(
+            image=error.sum() / (B * L),
+            reward=self.two_hot.loss(self.reward_head(d), batch.reward).mean(),
+            end=F.binary_cross_entropy_with_logits(end_logit, batch.terminal),
+            dynamics=mean_within(dynamics),
+            representation=mean_within(representation),
+        )
+        latent_loss = losses["dynamics"] + self.representation_scale * losses["representation"]
+        parts = dict(image=losses["image"], reward=losses["reward"], latent=latent_loss)
+        total = losses["end"]
+        for name, part in parts.items():
+            s = self.balance[name] if self.balance else None
+            total = total + (part if s is None else part / s.exp() + F.softplus(s))
+
+        metrics = {f"{name}_loss": value.detach() for name, value in losses.items()}
+        metrics["model_loss"] = total.detach()
+        metrics["kl"] = ((dynamics * within).sum() / within.sum().clamp(min=1)).detach()
+        metrics["posterior_entropy"] = -(after * after.log()).sum((-2, -1)).mean().detach()
+        metrics |= {f"balance_{name}": (-s).exp().detach() for name, s in self.balance.items()}
+        return total, metrics, z.unflatten(0, (B, L))
+
+    @torch.no_grad()
+    def starts_from_batch(self, batch, z: Tensor, count: int) -> Start:
+        """`count` starts spread evenly over the batch just trained on, with its latents (B, L, K).
+
+        The latents are scanned again, without dropout, in pieces with the state carried on; a
+        dream starts at the head of each piece. No frame is encoded a second time.
+        """
+        B, L = batch.action.shape
+        piece = B * L // count
+        token = self.token(z, batch.action)
+        state, d = self.sequence.initial_state(B), token.new_zeros(B, self.sequence.d_model)
+        starts = []
+        for t in range(0, L, piece):
+            starts.append(Start(z[:, t], d, state, batch.first[:, t]))
+            pieces = slice(t, t + piece)
+            out, state = self.sequence(token[:, pieces], state, batch.first[:, pieces])
+            d = out[:, -1]
+        return Start(
+            z=torch.cat([start.z for start in starts]),
+            d=torch.cat([start.d for start in starts]),
+            state=tuple(
+                State(*(torch.cat(parts) for parts in zip(*layer)))
+                for layer in zip(*(start.state for start in starts))
+            ),
+            first=torch.cat([start.first for start in starts]),
+        )
+
+    @torch.no_grad()
+    def starts_from_contexts(self, batch) -> Start:
+        """One start a window: its last frame, seen after a scan of the steps before it.
+
+        Paper, algorithm 1, with the posterior of the last frame in place of a prior sample.
+        """
+        N, L = batch.action.shape
+        z = sample(self.posterior(self.images(batch.frame))).unflatten(0, (N, L))
+        d, state = self.sequence(self.token(z, batch.action)[:, :-1], reset=batch.first[:, :-1])
+        return Start(z[:, -1], d[:, -1], state, batch.first[:, -1])
+
+    @torch.no_grad()
+    def imagine(self, start: Start, horizon: int, policy) -> Dream:
+        """Dream `horizon` steps on; `policy(t, z, d)` takes (N, K), (N, D) and gives actions (N,).
+
+        Reward and end are read from d_t, which holds a_t, not from the feature before it (D2).
+        """
+        z, state, reset = start.z, start.state, start.first
+        d = torch.where(reset[:, None], 0.0, start.d)
+        zs, ds, actions = [z], [d], []
+        for t in range(horizon):
+            actions.append(policy(t, z, d))
+            d, state = self.sequence.step(self.token(z, actions[-1]), state, reset)
+            z, reset = sample(self.prior(d)), None
+            zs.append(z)
+            ds.append(d)
+        d = torch.stack(ds)  # (T + 1, N, D)
+        reward = self.two_hot.mean(self.reward_head(d[1:]))
+        end = self.end_head(d[1:]).float().squeeze(-1).sigmoid()
+        return Dream(torch.stack(zs), d, torch.stack(actions), reward, end)
+
+
+# ---------------------------------------------------------------- actor-critic
+
+
+def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lambda_: float):
+    """R_t = r_t + gamma (1 - e_t) [(1 - lambda) v_{t+1} + lambda R_{t+1}],  R_T = v_T.
+
+    reward, end (T, N): of steps 0 .. T-1; value (T + 1, N): of states 0 .. T. Returns (T, N).
+    It mixes in the value of the state that a_t led to, not of the one it left (D3).
+    """
+    T = len(reward)
+    assert reward.shape == end.shape == value[1:].shape, (reward.shape, end.shape, value.shape)
+    returns = [value[T]]
+    for t in reversed(range(T)):
+        onward = (1 - lambda_) * value[t + 1] + lambda_ * returns[-1]
+        returns.append(reward[t] + gamma * (1 - end[t]) * onward)
+    return torch.stack(returns[:0:-1])
+
+
+class ReturnRange(nn.Module):
+    """Running distance S between the 5th and 95th percentile of returns, to scale advantages.
+
+    The first one seen starts the average, and both figures are saved with the weights (D15).
+    """
+
+    def __init__(self, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("value", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, returns: Tensor) -> Tensor:
+        low, high = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95]))
+        decay = self.decay * self.seen  # 0 at the first
+        self.value.copy_(decay * self.value + (1 - decay) * (high - low))
+        self.seen.fill_(1.0)
+        return self.value
+
+
+class ActorCritic(nn.Module):
+    """Actor pi(a | s) and critic v(s) on s_t = [z_t, d_{t-1}], trained in dreams alone."""
+
+    def __init__(self, actions: int, *, groups: int, classes: int, d_model: int,
+                 actor_hidden: int, critic_hidden: int, layers: int, gamma: float,
+                 lambda_: float, entropy: float, floor: float, slow_decay: float,
+                 range_decay: float):  # fmt: skip
+        super().__init__()
+        self.classes = classes
+        self.gamma, self.lambda_ = gamma, lambda_
+        self.entropy, self.floor, self.slow_decay = entropy, floor, slow_decay
+        self.two_hot = TwoHot()
+        d_feature = groups * classes + d_model
+        self.actor = mlp(d_feature, actor_hidden, layers, actions)
+        self.critic = mlp(d_feature, critic_hidden, layers, len(self.two_hot.bins))
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(self.actor[-1].weight, gain=0.01)  # begin by trying everything
+        TwoHot.initialise(self.critic[-1])
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.return_range = ReturnRange(range_decay)
+
+    def features(self, z: Tensor, d: Tensor) -> Tensor:
+        """Indices z_t (..., K) and d_{t-1} (..., D) -> s_t (..., F)."""
+        return torch.cat([one_hot(z, self.classes).flatten(-2), d], -1)
+
+    def policy(self, features: Tensor) -> Tensor:
+        """s_t (..., F) -> pi (..., A): one and the same in play, dream, loss and evaluation."""
+        return mixed_softmax(self.actor(features), self.floor)
+
+    def act(self, z: Tensor, d: Tensor) -> Tensor:
+        """z_t (N, K), d_{t-1} (N, D) -> sampled actions (N,); nothing is ever greedy."""
+        return sample(self.policy(self.features(z, d)))
+
+    def loss(self, dream: Dream) -> tuple[Tensor, dict[str, Tensor]]:
+        """Dreams of T steps -> loss and metrics.
+
+        Every step counts by the chance that the dream has got that far: the ends it foresaw are
+        neither ignored nor rounded (P7).
+        """
+        features = self.features(dream.z, dream.d)  # (T + 1, N, F)
+        alive = torch.cumprod(1 - dream.end, 0)  # (T, N): after step t
+        weight = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])  # (T, N): up to step t
+
+        logits = self.critic(features[:-1])  # (T, N, bins)
+        with torch.no_grad():
+            last = self.critic(features[-1:])
+            value = self.two_hot.mean(torch.cat([logits, last]))  # (T + 1, N)
+            slow_value = self.two_hot.mean(self.slow_critic(features))
+            outcome = dream.reward, dream.end
+            returns = lambda_return(*outcome, value, self.gamma, self.lambda_)  # (T, N)
+            slow_returns = lambda_return(*outcome, slow_value, self.gamma, self.lambda_)
+            scale = self.return_range.update(returns).clamp(min=1.0)
+            advantage = (returns - value[:-1]) / scale
+        critic_loss = self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow_returns)
+
+        log_pi = self.policy(features[:-1]).clamp(min=1e-30).log()  # (T, N, A)
+        log_taken = log_pi.gather(-1, dream.action.unsqueeze(-1)).squeeze(-1)
+        entropy = -(log_pi.exp() * log_pi).sum(-1)
+        actor_loss = -advantage * log_taken - self.entropy * entropy
+
+        total = (weight * (actor_loss + critic_loss)).mean()
+        metrics = dict(
+            actor_loss=(weight * actor_loss).mean(),
+            critic_loss=(weight * critic_loss).mean(),
+            entropy=entropy.mean(),
+            return_range=self.return_range.value.clone(),
+            dream_return=returns[0].mean(),
+            dream_value=value[0].mean(),
+            dream_reward=dream.reward.mean(),
+            dream_end=dream.end.mean(),
+            advantage=advantage.abs().mean(),
+        )
+        return total, {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def update_slow_critic(self):
+        """slow <- decay slow + (1 - decay) critic, once an update."""
+        for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
+            slow.lerp_(fast, 1 - self.slow_decay)
+
+
+class Player:
+    """Plays `games` side by side with the state carried from step to step: O(1) a step.
+
+    A state grows older than any that was trained, and remembers old weights. So every
+    `context / 2` steps it is rebuilt, with the present weights, by one scan over the last
+    `context / 2` steps, and ages run from context / 2 to context (T4).
+
+    `act_on="prior"` shows the actor a guess at the frame in place of the frame, as the published
+    code does; it exists to be compared with.
+    """
+
+    def __init__(self, model: WorldModel, agent: ActorCritic, games: int, context: int,
+                 act_on: str = "posterior"):  # fmt: skip
+        self.model, self.agent, self.act_on = model, agent, act_on
+        self.half = max(1, context // 2)
+        self.state = model.sequence.initial_state(games)
+        self.d = next(model.parameters()).new_zeros(games, model.sequence.d_model)  # d_{t-1}
+        self.history = deque(maxlen=self.half)  # (z, action, first) of the last steps
+        self.age = 0  # steps that the state has seen
+
+    @torch.no_grad()
+    def act(self, frame: Tensor, first: Tensor) -> Tensor:
+        """Frames (games, size, size, 3) uint8, first (games,) bool -> actions (games,)."""
+        z = seen = sample(self.model.posterior(self.model.images(frame)))
+        d = torch.where(first[:, None], 0.0, self.d)
+        if self.act_on == "prior":
+            seen = torch.where(first[:, None], z, sample(self.model.prior(d)))
+        action = self.agent.act(seen, d)
+        self.d, self.state = self.model.sequence.step(self.model.token(z, action), self.state, first)
+        self.history.append((z, action, first))
+        self.age += 1
+        if self.age == 2 * self.half:
+            z, past, first = (torch.stack(column, 1) for column in zip(*self.history))
+            d, self.state = self.model.sequence(self.model.token(z, past), reset=first)
+            self.d, self.age = d[:, -1], self.half
+        return action
+
+    def state_dict(self) -> dict:
+        """All that the next action depends on beside the weights."""
+        history = [torch.stack(column) for column in zip(*self.history)]
+        return dict(state=[tuple(layer) for layer in self.state], d=self.d,
+                    history=history, age=self.age)  # fmt: skip
+
+    def load_state_dict(self, saved: dict):
+        self.state = tuple(State(*(part.to(self.d.device) for part in layer)) for layer in saved["state"])
+        self.d, self.age = saved["d"].to(self.d.device), saved["age"]
+        self.history.clear()
+        self.history.extend(zip(*(column.to(self.d.device) for column in saved["history"])))
+
+
+# ---------------------------------------------------------------- optimisers
+
+
+class LaProp(torch.optim.Optimizer):
+    """Adam with the gradient scaled before it is averaged, not after (Ziyin et al., 2020).
+
+    v <- b2 v + (1 - b2) g^2
+    m <- b1 m + (1 - b1) rate g / (sqrt(v / (1 - b2^k)) + eps)
+    theta <- theta - m / (1 - b1^k)             at the k-th update; no weight decay (D4)
+    """
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps=1e-20):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = dict(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                self.state[p]["step"] += 1
+            k = self.state[params[0]]["step"]
+            b1, b2 = group["betas"]
+            gradient = [p.grad for p in params]
+            m = [self.state[p]["m"] for p in params]
+            v = [self.state[p]["v"] for p in params]
+            torch._foreach_mul_(v, b2)
+            torch._foreach_addcmul_(v, gradient, gradient, value=1 - b2)
+            scale = torch._foreach_div(v, 1 - b2**k)
+            torch._foreach_sqrt_(scale)
+            torch._foreach_add_(scale, group["eps"])
+            torch._foreach_mul_(m, b1)
+            torch._foreach_addcdiv_(m, gradient, scale, value=(1 - b1) * group["lr"])
+            torch._foreach_add_(params, m, alpha=-1 / (1 - b1**k))
+
+
+def make_optimizer(kind: str, groups: list[dict], eps: float) -> torch.optim.Optimizer:
+    """`groups` hold params and lr. On a CPU fused Adam makes one pass over the parameters."""
+    if kind == "laprop":
+        return LaProp(groups, lr=0.0, eps=eps)
+    return torch.optim.Adam(groups, lr=0.0, eps=eps, fused=True)
