@@ -30,11 +30,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from scan import SequenceModel, State
-
-NORM_EPS = 1e-5  # of every RMSNorm, as in the reference code; torch's default is smaller
-
+from scan import RMSNorm, SequenceModel, State
 
 # ---------------------------------------------------------------- distributions
 
@@ -94,7 +92,7 @@ class TwoHot(nn.Module):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of (..., 255) logits to (...) numbers; beyond the last bin counts as it."""
         target = target.clamp(self.bins[0], self.bins[-1])
-        below = (self.bins <= target.unsqueeze(-1)).sum(-1).sub(1).clamp(max=2 * self.HALF - 1)
+        below = (self.bins <= target.unsqueeze(-1)).sum(-1).sub(1).clamp(0, 2 * self.HALF - 1)
         low, high = self.bins[below], self.bins[below + 1]
         share = ((target - low) / (high - low)).unsqueeze(-1)  # of the upper bin
         log_p = logits.float().log_softmax(-1)
@@ -109,8 +107,37 @@ def mlp(d_input: int, hidden: int, layers: int, d_output: int) -> nn.Sequential:
     """`layers` times Linear, RMSNorm, SiLU, then a Linear."""
     blocks = []
     for width in [d_input] + [hidden] * (layers - 1):
-        blocks += [nn.Linear(width, hidden), nn.RMSNorm(hidden, eps=NORM_EPS), nn.SiLU()]
+        blocks += [nn.Linear(width, hidden), RMSNorm(hidden), nn.SiLU()]
     return nn.Sequential(*blocks, nn.Linear(hidden, d_output))
+
+
+def image_layout(device: torch.device) -> torch.memory_format:
+    """Layout of images: channels last is 1.6 times faster on a CPU; MPS does not have it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+class TransposedConv(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d from (B, C, side, side) to (B, C', stride * side, stride * side).
+
+    Computed as an ordinary convolution that yields all stride x stride pixels of a position at
+    once, as channels, and a shuffle that puts them in place: four times faster on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (stride, _), (padding, _), (kernel, _) = self.stride, self.padding, self.kernel_size
+        # Pixel a of output position i takes, from input position i + m, weight tap a + before - stride m
+        reach = max(stride - 1 + padding, kernel - 1 - padding) // stride  # |m| at most
+        taps = 2 * reach + 1
+        before = stride * reach - padding
+        after = stride * taps - before - kernel
+        weight = F.pad(self.weight, (before, after, before, after)).flip(2, 3)
+        weight = weight.view(*weight.shape[:2], taps, stride, taps, stride).flip(3, 5)
+        weight = weight.permute(3, 5, 1, 0, 2, 4).flatten(0, 2)  # (stride^2 C', C, taps, taps)
+        weight = weight.contiguous(memory_format=image_layout(x.device))
+        y = F.conv2d(x, weight, self.bias.repeat(stride**2), padding=reach)
+        y = y.permute(0, 2, 3, 1).unflatten(-1, (stride, stride, -1))  # (B, side, side, s, s, C')
+        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, s side, s side, C')
+        return y.permute(0, 3, 1, 2)
 
 
 def encoder(channels: list[int], strides: list[int], kernel: int) -> nn.Sequential:
@@ -131,7 +158,7 @@ def decoder(d_input: int, channels: list[int], strides: list[int], kernel: int, 
     ]
     for before, after, stride in zip(channels[::-1], channels[-2::-1] + [3], strides[::-1]):
         extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
-        conv = nn.ConvTranspose2d(before, after, kernel, stride, padding, output_padding=extra)
+        conv = TransposedConv(before, after, kernel, stride, padding, output_padding=extra)
         blocks += [nn.BatchNorm2d(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)
 
@@ -146,9 +173,39 @@ def truncated_normal(*modules: nn.Module):
             nn.init.zeros_(layer.bias)
 
 
-def image_layout(device: torch.device) -> torch.memory_format:
-    """Layout of images: channels last is 1.6 times faster on a CPU; MPS does not have it."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+def working_type(device: torch.device) -> torch.dtype:
+    """What autocast multiplies in at present: bfloat16 or float32."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
+
+
+class ImageError(torch.autograd.Function):
+    """sum of weight (sigmoid(logit) - frame / 255)^2 over all pixels, in float32.
+
+    logit (B, 3, size, size), frame (B, size, size, 3) uint8, weight (B, size, size) or None.
+    Written by hand because a dozen passes over the largest tensors of all took a third of the
+    update on a CPU: here a few frames at a time go from logits to gradient within the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, logit, frame, weight):
+        few = 16 if logit.device.type == "cpu" else len(logit)  # frames at a time
+        gradient, total = torch.empty_like(logit), 0.0
+        for start in range(0, len(logit), few):
+            part = slice(start, start + few)
+            image = logit[part].float().sigmoid()
+            error = image - frame[part].permute(0, 3, 1, 2) / 255
+            weighted = error if weight is None else error * weight[part].unsqueeze(1)
+            total = total + (weighted * error).sum()
+            gradient[part] = 2 * weighted * image * (1 - image)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None
 
 
 # ---------------------------------------------------------------- world model
@@ -206,8 +263,8 @@ class WorldModel(nn.Module):
             if balance else {})  # fmt: skip
 
     def images(self, frame: Tensor) -> Tensor:
-        """uint8 frames (..., size, size, 3) -> float32 (prod(...), 3, size, size) in [0, 1]."""
-        image = frame.flatten(end_dim=-4).permute(0, 3, 1, 2).float() / 255
+        """uint8 frames (..., size, size, 3) -> (prod(...), 3, size, size) in [0, 1]."""
+        image = frame.flatten(end_dim=-4).permute(0, 3, 1, 2).to(working_type(frame.device)) / 255
         return image.contiguous(memory_format=image_layout(frame.device))
 
     def posterior(self, image: Tensor) -> Tensor:
@@ -226,22 +283,22 @@ class WorldModel(nn.Module):
         return torch.cat([latent.flatten(-2), one_hot(action, self.actions)], -1)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents, as indices (B, K) or one-hot (B, K, C) -> images (B, 3, size, size)."""
-        latent = z if z.is_floating_point() else one_hot(z, self.classes)
-        return self.decoder(latent.flatten(-2)).float().sigmoid()
+        """Latents, as indices (B, K) -> images (B, 3, size, size) in [0, 1]."""
+        return self.decoder(one_hot(z, self.classes).flatten(-2)).float().sigmoid()
 
     def image_weights(self, frame: Tensor, first: Tensor) -> Tensor:
-        """Frames (B, L, size, size, 3) -> weight of every pixel (B * L, 1, size, size).
+        """Frames (B, L, size, size, 3) -> weight of every pixel (B * L, size, size).
 
         A small ball is lost in a plain sum over the pixels. Where a few pixels, under 5 %, have
         moved since the frame before, they keep weight 1 and the still ones take half.
         """
-        grey = frame.float().mean(-1)  # (B, L, size, size), in 0 .. 255
-        moved = ((grey[:, 1:] - grey[:, :-1]).abs() > 16).float()
+        red, green, blue = frame.unbind(-1)
+        grey = red.short() + green + blue  # (B, L, size, size): three times the grey level
+        moved = ((grey[:, 1:] - grey[:, :-1]).abs() > 3 * 16).float()
         share = moved.mean((-2, -1))
         few = (share > 0) & (share < 0.05) & ~first[:, 1:]
         weight = torch.where(few[..., None, None], 0.5 + 0.5 * moved, 1.0)
-        return F.pad(weight, (0, 0, 0, 0, 1, 0), value=1.0).flatten(0, 1).unsqueeze(1)
+        return F.pad(weight, (0, 0, 0, 0, 1, 0), value=1.0).flatten(0, 1)
 
     def loss(self, batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Windows (B, L) -> loss, metrics, and the latents just drawn, as indices (B, L, K).
@@ -251,14 +308,12 @@ class WorldModel(nn.Module):
         step to the next one's first frame (T2).
         """
         B, L = batch.action.shape
-        image = self.images(batch.frame)  # (B * L, 3, size, size)
-        posterior = self.posterior(image)  # (B * L, K, C)
+        posterior = self.posterior(self.images(batch.frame))  # (B * L, K, C)
         z = sample(posterior.detach())
         latent = one_hot(z, self.classes) + (posterior - posterior.detach())  # straight through
-
-        error = (self.decode(latent) - image).square()
-        if self.event_weights:
-            error = error * self.image_weights(batch.frame, batch.first)
+        logit = self.decoder(latent.flatten(-2))  # (B * L, 3, size, size)
+        pixel = self.image_weights(batch.frame, batch.first) if self.event_weights else None
+        image_error = ImageError.apply(logit, batch.frame.flatten(0, 1), pixel)
 
         posterior, latent = posterior.unflatten(0, (B, L)), latent.unflatten(0, (B, L))
         d, _ = self.sequence(self.token(latent, batch.action), reset=batch.first)  # (B, L, D)
@@ -272,7 +327,7 @@ class WorldModel(nn.Module):
 
         end_logit = self.end_head(d).float().squeeze(-1)
         losses = dict(
-            image=error.sum() / (B * L),
+            image=image_error / (B * L),
             reward=self.two_hot.loss(self.reward_head(d), batch.reward).mean(),
             end=F.binary_cross_entropy_with_logits(end_logit, batch.terminal),
             dynamics=mean_within(dynamics),
