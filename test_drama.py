@@ -1,0 +1,2062 @@
+"""What the program promises, held against numbers worked out by hand or in plain float64.
+
+    python -m pytest -q
+
+D2, P7, T4 and the like are the numbers of the faults in the README's table of differences.
+FakeGame stands in for Atari wherever the emulator itself is not the point.
+"""
+
+import ast
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchgen
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import agent as agent_file
+import drama
+import scan
+from agent import ActorCritic, Dream, Player, ReturnRange, Start, TwoHot, WorldModel
+from agent import lambda_return, make_optimizer, sample
+from buffer import Batch, Replay
+
+torch.set_num_threads(1)  # models this small only wait for each other
+HERE = Path(__file__).resolve().parent
+
+# ---------------------------------------------------------------- the scans and their layers
+
+LENGTHS = (1, 2, 3, 17, 63, 64, 65, 128, 129, 300)
+KINDS = ("s6", "ssd")
+LAYERS = {"mamba": lambda: scan.Mamba(16), "mamba2": lambda: scan.Mamba2(16, head_dim=8)}
+
+
+def scan_inputs(kind, batch, length, W=6, H=3, P=5, N=4, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    channels, rates = ((W,), (W, N)) if kind == "s6" else ((H, P), (H,))
+    inputs = [torch.randn(batch, length, *channels), torch.rand(batch, length, channels[0]),
+              -0.1 - 2 * torch.rand(rates), torch.randn(batch, length, N),
+              torch.randn(batch, length, N), torch.randn(channels[0]),
+              torch.randn(batch, *channels, N)]
+    return [tensor.to(dtype).requires_grad_() for tensor in inputs]
+
+
+def loop(kind, x, dt, A, B, C, D, state, reset):
+    """The recurrence, one sequence and one step after the other, written for this test."""
+    ys, states = [], []
+    for b in range(len(x)):
+        h = state[b]
+        for t in range(x.shape[1]):
+            if reset is not None and reset[b, t]:
+                h = torch.zeros_like(h)
+            if kind == "s6":
+                h = torch.exp(torch.einsum("w,wn->wn", dt[b, t], A)) * h
+                h = h + torch.einsum("w,w,n->wn", dt[b, t], x[b, t], B[b, t])
+                ys.append(torch.einsum("wn,n->w", h, C[b, t]) + D * x[b, t])
+            else:
+                h = torch.einsum("h,hpn->hpn", torch.exp(dt[b, t] * A), h)
+                h = h + torch.einsum("h,hp,n->hpn", dt[b, t], x[b, t], B[b, t])
+                ys.append(torch.einsum("hpn,n->hp", h, C[b, t]) + D[:, None] * x[b, t])
+        states.append(h)
+    return torch.stack(ys).view_as(x), torch.stack(states)
+
+
+def values_and_gradients(function, inputs, gy, gstate):
+    y, state = function(*inputs)
+    return y, state, *torch.autograd.grad([y, state], inputs, [gy, gstate])
+
+
+def assert_close(got, expected, tolerance):
+    for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape and g.dtype == e.dtype
+        assert (g - e).abs().max() <= tolerance * (1 + e.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("resets", (False, True))
+def test_scans_against_an_independent_loop(kind, length, resets):
+    inputs = scan_inputs(kind, 2, length)
+    reset = torch.rand(2, length) < 0.15 if resets else None
+    gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
+    truth = values_and_gradients(lambda *i: loop(kind, *i, reset), inputs, gy, gstate)
+    for name in (kind, f"{kind}_sequential"):
+        got = values_and_gradients(lambda *i: getattr(scan, name)(*i, reset), inputs, gy, gstate)
+        assert_close(got, truth, 1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scans_in_float32_also_under_autocast(kind):
+    inputs = scan_inputs(kind, 3, 300, dtype=torch.float32)
+    reset = torch.rand(3, 300) < 0.02
+    gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    truth = values_and_gradients(lambda *i: getattr(scan, f"{kind}_sequential")(*i, reset),
+                                 exact, gy.double(), gstate.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = values_and_gradients(lambda *i: getattr(scan, kind)(*i, reset), inputs, gy, gstate)
+    assert_close(got, [tensor.float() for tensor in truth], 2e-5)
+
+
+def test_s6_is_cut_into_blocks_and_tiles_without_seams(monkeypatch):
+    inputs = scan_inputs("s6", 3, 50, W=10)
+    gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
+    truth = values_and_gradients(scan.s6_sequential, inputs, gy, gstate)
+    tiles = [(slice(r, r + 5), slice(w, min(w + 4, 10))) for r in (0, 5, 10) for w in (0, 4, 8)]
+    monkeypatch.setattr(scan, "s6_plan", lambda *sizes: (5, 11, 3, tiles))
+    assert_close(values_and_gradients(scan.s6, inputs, gy, gstate), truth, 1e-11)
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda", "mps"))
+def test_plans_cover_every_step_row_and_channel_once(device):
+    for batch, length, width in ((1, 1, 8), (16, 128, 1024), (3, 129, 1500), (1, 16384, 1024)):
+        K, Q, keep, tiles = scan.s6_plan(batch, length, width, 16, torch.device(device))
+        covered = torch.zeros(batch * K, width, dtype=torch.int)
+        for tile in tiles:
+            covered[tile] += 1
+        assert K * Q >= length > (K - 1) * Q and (covered == 1).all() and Q <= 128
+        K, Q = scan.ssd_plan(length, torch.device(device))
+        assert K * Q >= length > (K - 1) * Q and Q <= 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_of_bfloat16_computes_in_float32(kind):
+    inputs = [tensor.detach().bfloat16() for tensor in scan_inputs(kind, 2, 40)]
+    for name in (kind, f"{kind}_sequential"):
+        y, state = getattr(scan, name)(*inputs)
+        truth = getattr(scan, f"{kind}_sequential")(*[tensor.double() for tensor in inputs])
+        assert y.dtype == state.dtype == torch.float32
+        assert_close([y, state], [tensor.float() for tensor in truth], 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", (5, 140))
+def test_gradcheck(kind, length):
+    sizes = dict(W=3, H=2, P=2, N=2)
+    inputs = scan_inputs(kind, 2, length, **sizes)
+    reset = torch.rand(2, length) < 0.1
+    assert torch.autograd.gradcheck(lambda *i: getattr(scan, kind)(*i, reset), inputs,
+                                    fast_mode=length > 5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scan_by_hand(kind):
+    """Two steps, one channel, one state: decay 1/2, then 1/4; then the same with a reset."""
+    half = math.log(2)
+    x = torch.tensor([3.0, 5.0])
+    dt, A, B, C, D = torch.tensor([1.0, 2.0]), -half, [2.0, 1.0], [1.0, 10.0], 100.0
+    # h_1 = 1/2 * 8 + 1*3*2 = 10, y_1 = 10 + 300; h_2 = 1/4 * 10 + 2*5*1 = 12.5, y_2 = 125 + 500
+    expected = {None: ([310.0, 625.0], 12.5), 1: ([310.0, 600.0], 10.0), 0: ([306.0, 615.0], 11.5)}
+    for where, (ys, last) in expected.items():
+        reset = None if where is None else torch.arange(2)[None] == where
+        shape = (1, 2, 1) if kind == "s6" else (1, 2, 1, 1)
+        rates = (1, 1) if kind == "s6" else (1,)
+        state = torch.full((1, 1, 1) if kind == "s6" else (1, 1, 1, 1), 8.0)
+        for name in (kind, f"{kind}_sequential"):
+            y, h = getattr(scan, name)(
+                x.view(shape), dt.view(1, 2, 1), torch.full(rates, A),
+                torch.tensor(B).view(1, 2, 1),
+                torch.tensor(C).view(1, 2, 1), torch.tensor([D]), state, reset)
+            np.testing.assert_allclose(y.flatten().numpy(), ys, rtol=1e-6)
+            np.testing.assert_allclose(h.flatten().numpy(), [last], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_decays_stay_finite(kind):
+    """Steps so long that a state vanishes, beside steps so short that nothing does."""
+    inputs = scan_inputs(kind, 2, 200, dtype=torch.float32)
+    with torch.no_grad():
+        inputs[1].copy_(torch.where(torch.rand_like(inputs[1]) < 0.1, 300.0, 1e-6))
+    reset = torch.rand(2, 200) < 0.05
+    gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
+    got, truth = (values_and_gradients(lambda *i: getattr(scan, name)(*i, reset),
+                                       inputs, gy, gstate)
+                  for name in (kind, f"{kind}_sequential"))
+    assert all(tensor.isfinite().all() for tensor in got)
+    assert_close(got[:2], truth[:2], 1e-3)  # a sum of logs around 3,000 has an eps of 2e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_saved_is_linear_and_holds_no_whole_state(kind):
+    """Bytes saved for the backward pass: the same at 16 x 128 and 1 x 2048, and far below
+    (batch, length, width, state)."""
+    saved = {}
+    for batch, length in ((16, 128), (1, 2048)):
+        inputs = scan_inputs(kind, batch, length, W=64, H=4, P=16, N=16, dtype=torch.float32)
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = getattr(scan, kind)(*inputs)
+        saved[batch] = sum(storages.values())
+        whole = batch * length * 64 * 16 * 4
+        assert saved[batch] < whole / 3
+        del outputs
+    assert max(saved.values()) < 1.3 * min(saved.values())
+
+
+# ---- layers --------------------------------------------------------------------------------------
+
+
+def random_state(model, batch, dtype):
+    return tuple(scan.State(*(torch.randn_like(part, dtype=dtype) for part in state))
+                 for state in model.initial_state(batch))
+
+
+@pytest.mark.parametrize("backbone", scan.BACKBONES)
+@pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-9), (torch.float32, 1e-4)))
+def test_whole_equals_pieces_equals_step_by_step(backbone, dtype, tolerance):
+    torch.manual_seed(1)
+    model = scan.SequenceModel(7, 16, backbone=backbone, head_dim=8).to(dtype).eval()
+    inputs, reset = torch.randn(3, 140, 7, dtype=dtype), torch.rand(3, 140) < 0.1
+    reset[0, 39] = reset[1, 40] = reset[2, 41] = True  # just before and after a cut
+    first = random_state(model, 3, dtype)
+    whole, last = model(inputs, first, reset)
+    pieces, state = [], first
+    for piece, piece_reset in zip(inputs.split([1, 2, 38, 99], 1), reset.split([1, 2, 38, 99], 1)):
+        d, state = model(piece, state, piece_reset)
+        pieces.append(d)
+    assert_close([torch.cat(pieces, 1)], [whole], tolerance)
+    steps, stepped = [], first
+    for t in range(140):
+        d, stepped = model.step(inputs[:, t], stepped, reset[:, t])
+        steps.append(d)
+    assert_close([torch.stack(steps, 1)], [whole], tolerance)
+    for other in (state, stepped):
+        for layer, expected in zip(other, last, strict=True):
+            assert_close(layer, expected, tolerance)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_nothing_before_a_reset_is_visible_after_it(layer):
+    torch.manual_seed(2)
+    mixer = LAYERS[layer]().double()
+    u = torch.randn(2, 20, 16, dtype=torch.float64)
+    changed = u.clone()
+    changed[:, :9] += 1
+    reset = torch.zeros(2, 20, dtype=torch.bool)
+    reset[:, 9] = True
+    (a, end), (b, _) = mixer(u, None, reset), mixer(changed, None, reset)
+    assert_close([a[:, 9:]], [b[:, 9:]], 1e-13)  # SSD's running sum rounds differently
+    assert not torch.isclose(a[:, :9], b[:, :9]).any(-1).all()
+    fresh, fresh_end = mixer(u[:, 9:])
+    assert_close([a[:, 9:], *end], [fresh, *fresh_end], 1e-12)
+    # without the reset the convolution alone, and the scan alone, would let it through
+    a, b = mixer(u)[0], mixer(changed)[0]
+    assert (a[:, 9] - b[:, 9]).abs().max() > 1e-6 and (a[:, 19] - b[:, 19]).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_returned_state_holds_no_tap_from_behind_a_reset(layer):
+    mixer = LAYERS[layer]()
+    u, reset = torch.randn(1, 8, 16), torch.zeros(1, 8, dtype=torch.bool)
+    reset[0, 6] = True
+    _, state = mixer(u, None, reset)
+    assert (state.conv[..., 0] == 0).all() and (state.conv[..., 1:] != 0).any(1).all()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_are_causal(layer):
+    torch.manual_seed(3)
+    mixer = LAYERS[layer]().double()
+    u = torch.randn(1, 150, 16, dtype=torch.float64, requires_grad=True)
+    for t in (0, 31, 32, 77, 128, 149):
+        (gradient,) = torch.autograd.grad(mixer(u)[0][:, t].sum(), u)
+        assert (gradient[:, t + 1:] == 0).all() and (gradient[:, t] != 0).any()
+        assert t < 5 or (gradient[:, t - 5] != 0).any()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_state_is_never_mutated(layer):
+    mixer = LAYERS[layer]()
+    _, state = mixer(torch.randn(2, 5, 16))
+    copy = [part.clone() for part in state]
+    mixer(torch.randn(2, 70, 16), state, torch.rand(2, 70) < 0.5)[0].sum().backward()
+    mixer.step(torch.randn(2, 16), state, torch.tensor([True, False]))
+    assert all(torch.equal(part, before) for part, before in zip(state, copy))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_under_autocast_stay_close_and_differentiable(layer):
+    torch.manual_seed(4)
+    mixer = LAYERS[layer]()
+    u = torch.randn(2, 40, 16)
+    exact, _ = mixer(u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = mixer(u)
+        y_t, _ = mixer.step(u[:, 0], mixer.initial_state(2))
+    assert state.scan.dtype == state.conv.dtype == torch.float32
+    assert (y - exact).abs().max() < 0.05 * exact.abs().max()
+    assert (y_t - exact[:, 0]).abs().max() < 0.05 * exact.abs().max()
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+def mamba_by_hand(weights, u):
+    """The block of the Mamba paper, from its state_dict, one sequence u (L, d_model)."""
+    w, N = weights, weights["A_log"].shape[1]
+    rank = w["dt_proj.weight"].shape[1]
+    x, z = (u @ w["in_proj.weight"].T).chunk(2, 1)
+    x = F.silu(F.conv1d(x.T[None], w["conv1d.weight"], w["conv1d.bias"], padding=3,
+                        groups=x.shape[1])[0, :, :len(u)].T)
+    dt, B, C = (x @ w["x_proj.weight"].T).split([rank, N, N], 1)
+    dt = F.softplus(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"])
+    y, _ = loop("s6", x[None], dt[None], -w["A_log"].exp(), B[None], C[None], w["D"],
+                torch.zeros(1, *w["A_log"].shape, dtype=u.dtype), None)
+    return (y[0] * F.silu(z)) @ w["out_proj.weight"].T
+
+
+def mamba2_by_hand(weights, u):
+    w, heads, width = weights, len(weights["A_log"]), weights["out_proj.weight"].shape[1]
+    N = (w["conv1d.weight"].shape[0] - width) // 2
+    z, xBC, dt = (u @ w["in_proj.weight"].T).split([width, width + 2 * N, heads], 1)
+    xBC = F.silu(F.conv1d(xBC.T[None], w["conv1d.weight"], w["conv1d.bias"], padding=3,
+                          groups=xBC.shape[1])[0, :, :len(u)].T)
+    x, B, C = xBC.split([width, N, N], 1)
+    y, _ = loop("ssd", x.view(1, len(u), heads, -1), F.softplus(dt + w["dt_bias"])[None],
+                -w["A_log"].exp(), B[None], C[None], w["D"],
+                torch.zeros(1, heads, width // heads, N, dtype=u.dtype), None)
+    y = y.view(len(u), width) * F.silu(z)
+    y = y / torch.sqrt(y.square().mean(1, keepdim=True) + 1e-5) * w["norm.weight"]
+    return y @ w["out_proj.weight"].T
+
+
+REFERENCE = {  # names and shapes of the reference implementation at d_model 16, head_dim 8
+    "mamba": {"A_log": (32, 16), "D": (32,), "in_proj.weight": (64, 16),
+              "conv1d.weight": (32, 1, 4), "conv1d.bias": (32,), "x_proj.weight": (33, 32),
+              "dt_proj.weight": (32, 1), "dt_proj.bias": (32,), "out_proj.weight": (16, 32)},
+    "mamba2": {"dt_bias": (4,), "A_log": (4,), "D": (4,), "in_proj.weight": (100, 16),
+               "conv1d.weight": (64, 1, 4), "conv1d.bias": (64,), "norm.weight": (32,),
+               "out_proj.weight": (16, 32)}}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_weights_of_the_reference_implementation_load_and_mean_the_same(layer):
+    torch.manual_seed(5)
+    weights = {name: torch.randn(shape, dtype=torch.float64) / 4
+               for name, shape in REFERENCE[layer].items()}
+    mixer = LAYERS[layer]().double()
+    mixer.load_state_dict(weights, strict=True)
+    u = torch.randn(12, 16, dtype=torch.float64)
+    by_hand = {"mamba": mamba_by_hand, "mamba2": mamba2_by_hand}[layer](weights, u)
+    assert_close([mixer(u[None])[0][0]], [by_hand], 1e-11)
+
+
+def test_sequence_model_has_3743648_parameters():
+    model = scan.SequenceModel(1042, 512, layers=2, backbone="mamba2", head_dim=64, d_state=16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_743_648
+    assert all(module.eps == 1e-5 for module in model.modules() if isinstance(module, nn.RMSNorm))
+
+
+def test_initialisation():
+    torch.manual_seed(6)
+    mamba, mamba2 = scan.Mamba(512), scan.Mamba2(512, head_dim=1)
+    assert_close([-mamba.A_log.exp()], [-torch.arange(1.0, 17).expand(1024, 16)], 1e-6)
+    A = mamba2.A_log.exp()
+    assert 1 <= A.min() < 1.2 and 15.8 < A.max() <= 16 and 8 < A.mean() < 9
+    for bias in (mamba.dt_proj.bias, mamba2.dt_bias):
+        log_dt = F.softplus(bias).log10()
+        assert -3.001 < log_dt.min() < -2.98 and -1.02 < log_dt.max() < -0.999
+        assert abs(log_dt.mean() + 2) < 0.06  # uniform in the logarithm
+    assert (mamba.D == 1).all() and (mamba2.D == 1).all() and (mamba2.norm.weight == 1).all()
+    bound = mamba.dt_proj.weight.abs().max()
+    assert 0.99 * 32 ** -0.5 < bound <= 32 ** -0.5
+    deep = scan.Mamba2(512, layers=4).out_proj.weight.std()
+    assert abs(scan.Mamba2(512).out_proj.weight.std() / deep - 2) < 0.02
+
+
+def test_dropout_stands_on_the_stem_and_on_each_layer_only():
+    model = scan.SequenceModel(7, 16, head_dim=8, dropout=1.0)
+    assert sum(isinstance(module, nn.Dropout) for module in model.modules()) == 3
+    for layer in model.layers:
+        layer.dropout.p = 0.0
+    inputs = torch.randn(2, 5, 7)
+    a, _ = model(inputs)
+    b, _ = model(2 * inputs)
+    assert torch.equal(a, b)  # all of the stem is dropped, nothing of the input passes
+    assert not torch.equal(*(model.eval()(i)[0] for i in (inputs, 2 * inputs)))
+
+
+def test_head_width_must_divide():
+    with pytest.raises(ValueError, match="head_dim 12 does not divide"):
+        scan.Mamba2(16, head_dim=12)
+
+
+# ---------------------------------------------------------------- small stand-ins
+
+
+class FakeGame:
+    """The interface of drama.Game: episodes of 9 to 13 steps whose reward is the action taken.
+
+    The frame shows seed, time and last action. Every second seed ends by truncation. Rewards
+    go on after the end, so that counting too long shows.
+    """
+
+    actions = 4
+
+    def __init__(self, name, copies=1, height=64, width=64):
+        self.copies, self.size = copies, (height, width)
+
+    @staticmethod
+    def episode_length(seed):
+        return 9 + int(seed) % 5
+
+    def frames(self):
+        frames = np.zeros((self.copies, *self.size, 3), np.uint8)
+        frames[..., 0] = (self.seeds % 251)[:, None, None]
+        frames[..., 1] = (10 * self.time % 256)[:, None, None]
+        for frame, action in zip(frames, self.last):
+            frame[20:40, 12 * action : 12 * action + 9, 2] = 255
+        return frames
+
+    def reset(self, seeds):
+        self.seeds = np.asarray(seeds)
+        self.time, self.last = np.zeros(self.copies, int), np.zeros(self.copies, int)
+        return self.frames()
+
+    def step(self, actions):
+        self.last = np.asarray(actions)
+        assert self.last.shape == (self.copies,) and set(self.last) <= {0, 1, 2, 3}
+        self.time = self.time + 1
+        done = self.time >= [self.episode_length(seed) for seed in self.seeds]
+        return self.frames(), self.last.astype(np.int32), done & (self.seeds % 2 == 0), done
+
+
+def tiny_model(actions=4, **changes):
+    torch.manual_seed(0)
+    sizes = dict(channels=[4, 4], strides=[4, 4], kernel=5, groups=4, classes=4, d_model=16,
+                 layers=2, backbone="mamba2", d_state=4, head_dim=8, dropout=0.1, head_hidden=8,
+                 unimix=0.01, free_nats=1.0, representation_scale=0.1, balance=False,
+                 event_weights=False)  # fmt: skip
+    return WorldModel(actions, **(sizes | changes)).eval()
+
+
+def tiny_agent(actions=4, **changes):
+    torch.manual_seed(1)
+    sizes = dict(groups=4, classes=4, d_model=16, actor_hidden=8, critic_hidden=8, layers=1,
+                 gamma=0.9, lambda_=0.8, entropy=0.01, floor=0.0, slow_decay=0.98,
+                 range_decay=0.99)  # fmt: skip
+    return ActorCritic(actions, **(sizes | changes)).eval()
+
+
+def shake(*layers, scale=0.5):
+    """Random weights for layers that start at zero, so that what they read shows."""
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, std=scale)
+
+
+def random_batch(B, L, first=(), actions=4):
+    torch.manual_seed(2)
+    opens = torch.zeros(B, L, dtype=torch.bool)
+    for b, t in first:
+        opens[b, t] = True
+    return Batch(frame=torch.randint(0, 256, (B, L, 64, 64, 3), dtype=torch.uint8),
+                 action=torch.randint(0, actions, (B, L)), reward=torch.randn(B, L),
+                 terminal=torch.zeros(B, L), first=opens)  # fmt: skip
+
+
+def tokens(z, action, classes=4, actions=4):
+    """[one-hot latent, one-hot action], written with torch's own one-hot."""
+    hot = torch.nn.functional.one_hot
+    return torch.cat([hot(z, classes).flatten(-2), hot(action, actions)], -1).float()
+
+
+def see_exactly(model, z):
+    """Make the posterior of the next frames certain: z as indices (frames, K)."""
+    model.posterior = lambda image: torch.nn.functional.one_hot(z, model.classes).float()
+
+
+def blank_decoder(model):
+    """Every pixel reads 0.5, whatever the latent."""
+    model.decoder.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance,
+                               atol=tolerance, check_dtype=False)  # fmt: skip
+
+
+# ---------------------------------------------------------------- two-hot
+
+
+BINS = np.sign(np.arange(-127, 128)) * np.expm1(np.abs(np.arange(-127, 128)) * 20 / 127)  # float64
+
+
+def target_of(value):
+    """The distribution that TwoHot.loss pulls towards: its gradient is softmax - target."""
+    logits = torch.zeros(255, requires_grad=True)
+    TwoHot().loss(logits, torch.tensor(float(value))).backward()
+    target = 1 / 255 - logits.grad
+    return target.where(target > 1e-6, 0)
+
+
+@pytest.mark.parametrize("value", [-1e6, -12345.6, -100, -1, -0.01, 0, 0.3, 1, 7, 399, 1e6])
+def test_two_hot_reads_back_what_was_written(value):
+    close(float(TwoHot().mean(target_of(value).log())), float(value), 1e-4)
+
+
+def test_two_hot_target_is_interpolated_in_raw_space():
+    target = target_of(100)  # between the bins symexp(29 * 20 / 127) and symexp(30 * 20 / 127)
+    share = (100 - 95.2479) / (111.6646 - 95.2479)
+    close(target[127 + 30], share, 1e-3)
+    close(target[127 + 29], 1 - share, 1e-3)
+    assert target.count_nonzero() == 2
+
+
+def test_two_hot_beyond_the_last_bin_counts_as_it():
+    assert target_of(1e15)[254] == pytest.approx(1, abs=1e-6)
+    assert target_of(-1e15)[0] == pytest.approx(1, abs=1e-6)
+    assert BINS[-1] == pytest.approx(math.exp(20) - 1)
+    close(float(TwoHot().mean(target_of(1e15).log())) / BINS[-1], 1.0)
+
+
+def test_two_hot_flat_reads_exactly_zero():
+    for level in (0.0, 5.3, -200.0):
+        assert torch.equal(TwoHot().mean(torch.full((3, 255), level)), torch.zeros(3))
+
+
+def test_two_hot_starts_near_zero_with_thin_tails():
+    layer = torch.nn.Linear(8, 255)
+    TwoHot.initialise(layer)
+    logits = layer(100 * torch.randn(10, 8))
+    assert TwoHot().mean(logits).abs().max() < 1e-3
+    assert logits.softmax(-1)[:, np.abs(BINS) > 10_000].sum(-1).max() < 1e-4
+
+
+def test_P10_a_rare_large_reward_reads_as_its_expectation():
+    p = 0.01 * target_of(100) + 0.99 * target_of(0)
+    close(float(TwoHot().mean(p.log())), 1.0, 1e-4)  # an expectation in symlog space reads 0.05
+
+
+def test_D7_two_hot_is_read_in_float32_under_bfloat16():
+    layer = torch.nn.Linear(8, 255)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(torch.randn(20, 8))
+        value = TwoHot().mean(logits)
+        loss = TwoHot().loss(logits, torch.full((20,), 3.0))
+    assert logits.dtype == torch.bfloat16 and value.dtype == loss.dtype == torch.float32
+    p = logits.detach().double().softmax(-1).numpy()
+    np.testing.assert_allclose(value.detach().numpy(), p @ BINS, rtol=1e-3, atol=BINS[-1] * 1e-8)
+
+
+# ---------------------------------------------------------------- categories
+
+
+def test_D1_latents_in_training_are_exact_one_hots_with_the_gradient_of_their_probabilities():
+    model, seen = tiny_model().train(), {}
+    model.decoder.register_forward_pre_hook(lambda m, args: seen.update(latent=args[0]))
+    model.posterior_head.register_forward_pre_hook(lambda m, args: seen.update(features=args[0]))
+    model.loss(random_batch(2, 4))
+    latent = seen["latent"].view(8, 4, 4)
+    assert set(latent.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(latent.sum(-1), torch.ones(8, 4))
+
+    weight, head = torch.randn(8, 4, 4), model.posterior_head.weight
+    logits = model.posterior_head(seen["features"]).view(8, 4, 4)
+    probs = 0.99 * logits.softmax(-1) + 0.01 / 4
+    expected = torch.autograd.grad((probs * weight).sum(), head, retain_graph=True)[0]
+    assert expected.abs().max() > 0
+    close(torch.autograd.grad((latent * weight).sum(), head)[0], expected)
+
+
+def test_D1_every_group_of_a_dreamt_latent_is_an_exact_one_hot():
+    model, inputs = tiny_model(), []
+    step = model.sequence.step
+    model.sequence.step = lambda token, *rest: inputs.append(token) or step(token, *rest)
+    z = torch.randint(0, 4, (16, 4))
+    start = Start(z, torch.zeros(16, 16), model.sequence.initial_state(16),
+                  torch.zeros(16, dtype=torch.bool))  # fmt: skip
+    model.imagine(start, 5, lambda t, z, d: torch.zeros(16, dtype=torch.long))
+    latent = torch.stack(inputs)[..., :16].unflatten(-1, (4, 4))
+    assert set(latent.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(latent.sum(-1), torch.ones(5, 16, 4))
+
+
+def test_sample_draws_with_the_given_probabilities():
+    torch.manual_seed(0)
+    p = torch.tensor([0.5, 0.25, 0.2, 0.05])
+    counts = torch.bincount(sample(p.expand(40_000, 4)), minlength=4)
+    chi_square = ((counts - 40_000 * p).square() / (40_000 * p)).sum()
+    assert chi_square < 16.3  # three degrees of freedom: exceeded once in a thousand
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_sample_never_leaves_the_range(u, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(tuple(shape), u))
+    p = torch.randn(2000, 33).mul(3).softmax(-1)  # sums that miss 1 by a rounding or two
+    for scale in (0.999, 1.0, 1.001):
+        index = sample(p * scale)
+        assert index.min() >= 0 and index.max() <= 32
+    assert sample(torch.tensor([0.3, 0.7])) == (0 if u == 0 else 1)
+
+
+def test_unimix_leaves_every_class_its_share():
+    model = tiny_model()
+    with torch.no_grad():
+        for head in (model.posterior_head, model.prior_head):
+            head.weight.zero_()
+            head.bias.copy_(torch.tensor([1000.0, 0, 0, 0]).repeat(4))
+    for probs in (model.posterior(torch.rand(2, 3, 64, 64)), model.prior(torch.randn(2, 16))):
+        close(probs, torch.tensor([0.9925, 0.0025, 0.0025, 0.0025]).expand(2, 4, 4), 1e-6)
+
+
+# ---------------------------------------------------------------- the world model's loss
+
+
+def test_image_loss_is_summed_over_pixels_and_averaged_over_steps():
+    model, batch = tiny_model(), random_batch(2, 3)
+    blank_decoder(model)
+    white = batch._replace(frame=torch.full_like(batch.frame, 255))
+    close(model.loss(white)[1]["image_loss"], 0.25 * 3 * 64 * 64, 1e-4)
+
+
+@pytest.mark.parametrize("kernel, stride", [(5, 1), (5, 2), (4, 2), (3, 2), (7, 4), (5, 4)])
+def test_the_decoders_convolution_is_torchs_transposed_one(kernel, stride):
+    padding = (kernel - 1) // 2
+    sizes = (3, 2, kernel, stride, padding, stride + 2 * padding - kernel)
+    torch.manual_seed(8)
+    ours = agent_file.TransposedConv(*sizes).double()
+    torchs = torch.nn.ConvTranspose2d(*sizes).double()
+    torchs.load_state_dict(ours.state_dict())
+    x, results = torch.randn(2, 3, 6, 6, dtype=torch.double, requires_grad=True), []
+    for layer in (ours, torchs):
+        y = layer(x)
+        weight = torch.arange(y.numel()).view(y.shape) % 7
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])])
+    for a, b in zip(*results):
+        close(a, b, 1e-10)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_image_loss_and_its_gradient_are_those_of_the_plain_formula(weighted):
+    torch.manual_seed(9)
+    logit = torch.randn(37, 3, 8, 8, requires_grad=True)
+    frame = torch.randint(0, 256, (37, 8, 8, 3), dtype=torch.uint8)
+    weight = torch.rand(37, 8, 8) if weighted else None
+    loss = agent_file.ImageError.apply(logit, frame, weight)
+    exact = logit.detach().double().requires_grad_()
+    error = (exact.sigmoid() - frame.double().permute(0, 3, 1, 2) / 255).square()
+    plain = (error * (weight.double()[:, None] if weighted else 1)).sum()
+    close(loss, plain, 1e-5)
+    (gradient,), (expected,) = (torch.autograd.grad(3 * total, x)
+                                for total, x in ((loss, logit), (plain, exact)))  # fmt: skip
+    close(gradient, expected, 1e-5)
+
+
+def test_loss_is_that_of_equation_6():
+    _, m, _ = tiny_model().loss(random_batch(2, 4))
+    parts = m["image_loss"] + m["reward_loss"] + m["end_loss"] + m["dynamics_loss"]
+    close(m["model_loss"], parts + 0.1 * m["representation_loss"])
+
+
+def test_loss_balancing_is_that_of_harmony():
+    model, s = tiny_model(balance=True), dict(image=2.0, reward=-1.0, latent=0.5)
+    for name, value in s.items():
+        model.balance[name].data.fill_(value)
+    _, m, _ = model.loss(random_batch(2, 4))
+    parts = dict(image=m["image_loss"], reward=m["reward_loss"],
+                 latent=m["dynamics_loss"] + 0.1 * m["representation_loss"])  # fmt: skip
+    balanced = sum(parts[n] / math.exp(s[n]) + math.log(1 + math.exp(s[n])) for n in s)
+    close(m["model_loss"], m["end_loss"] + balanced)
+
+
+def one_surprise(first=(0,), surprise=3, L=8):
+    """Loss of a window where posterior and prior agree at every step but one."""
+    model, batch = tiny_model(), random_batch(1, L, [(0, t) for t in first])
+    p = torch.full((L, 4, 4), 0.25)
+    p[surprise] = torch.tensor([0.97, 0.01, 0.01, 0.01])
+    guess = torch.zeros(1, L - 1, 4, 4, requires_grad=True)
+    model.posterior, model.prior = (lambda image: p), (lambda d: guess.softmax(-1))
+    loss, metrics, _ = model.loss(batch)
+    loss.backward()
+    return metrics, guess.grad[0].abs().sum((-2, -1))
+
+
+SURPRISE = 4 * (0.97 * math.log(0.97 / 0.25) + 0.03 * math.log(0.01 / 0.25))  # nats: 4.88
+
+
+def test_P6_the_free_nat_is_taken_step_by_step():
+    metrics, gradient = one_surprise()
+    assert SURPRISE / 7 < 1  # averaged first, the surprise would be free
+    close(metrics["dynamics_loss"], (6 * 1 + SURPRISE) / 7)
+    close(metrics["representation_loss"], (6 * 1 + SURPRISE) / 7)
+    assert gradient.nonzero().flatten().tolist() == [2]  # z_3 is foretold by d_2
+
+
+def test_T2_no_KL_leads_from_an_episode_to_the_next_ones_first_frame():
+    metrics, gradient = one_surprise(first=(0, 3, 6))
+    close(metrics["dynamics_loss"], 1.0)
+    assert gradient.count_nonzero() == 0
+    metrics, _ = one_surprise(first=(0, 3, 6), surprise=2)
+    close(metrics["dynamics_loss"], (4 + SURPRISE) / 5)  # two of seven steps are left out
+
+
+def test_T2_a_window_is_scanned_as_if_each_episode_stood_alone():
+    model = tiny_model()
+    shake(model.reward_head[-1])
+    batch = random_batch(1, 6, [(0, 0), (0, 3)])
+    z = torch.randint(0, 4, (6, 4))
+    see_exactly(model, z)
+    features = []
+    model.reward_head.register_forward_hook(lambda m, args, out: features.append(args[0]))
+    model.loss(batch)
+    alone, _ = model.sequence(tokens(z[3:], batch.action[0, 3:])[None])
+    close(features[0][0, 3:], alone[0])
+
+
+def test_event_weights_halve_still_pixels_where_few_moved():
+    frame = torch.zeros(1, 6, 64, 64, 3, dtype=torch.uint8)
+    frame[0, 1:, :10, :10] = 17  # 2.4 % move, by 17: counts
+    frame[0, 2:, 20:50, 20:50] = 255  # 22 % move: too many
+    frame[0, 4:, :10, 50:60] = 16  # by 16 only: still
+    frame[0, 5, 60:, 60:] = 99  # 0.4 %, but the first frame of an episode
+    first = torch.tensor([[True, False, False, False, False, True]])
+    weight = tiny_model().image_weights(frame, first).view(6, 64, 64)
+    expected = torch.ones(6, 64, 64)
+    expected[1] = 0.5
+    expected[1, :10, :10] = 1
+    assert torch.equal(weight, expected)
+
+
+def test_event_weights_reach_the_image_loss():
+    model, frame = tiny_model(event_weights=True), torch.zeros(1, 2, 64, 64, 3, dtype=torch.uint8)
+    frame[0, 1, :8, :8] = 255
+    blank_decoder(model)
+    loss = model.loss(random_batch(1, 2)._replace(frame=frame))[1]["image_loss"]
+    close(loss, 0.25 * 3 * (4096 + 64 + 0.5 * (4096 - 64)) / 2, 1e-4)
+
+
+# ---------------------------------------------------------------- what is learnt
+
+
+SMALL = dict(size=16, channels=[4], strides=[4], dropout=0.0)
+
+
+def trained(model, updates, draw):
+    """Adam on batches of `draw()` -> metrics of every update."""
+    optimizer, history = torch.optim.Adam(model.train().parameters(), 1e-2), []
+    for _ in range(updates):
+        loss, metrics, _ = model.loss(draw())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(metrics)
+    model.eval()
+    return history
+
+
+def test_losses_fall_on_a_cyclic_video():
+    video = torch.zeros(5, 16, 16, 3, dtype=torch.uint8)
+    for i in range(5):
+        video[i, 3 * i : 3 * i + 3, 2:14, i % 3] = 255
+
+    def draw():
+        t = torch.randint(0, 5, (4, 1)) + torch.arange(10)  # (B, L)
+        last, none = (t % 5 == 4).float(), torch.zeros(4, 10)
+        return Batch(video[t % 5], none.long(), last, last, none.bool())
+
+    history = trained(tiny_model(**SMALL), 200, draw)
+    early, late = history[0], {k: sum(m[k] for m in history[-10:]) / 10 for k in history[0]}
+    for name in ("image_loss", "reward_loss", "end_loss"):
+        assert late[name] < 0.3 * early[name]
+    assert late["posterior_entropy"] < 0.5 * early["posterior_entropy"]
+
+
+def test_D2_a_dream_pays_for_the_action_just_taken():
+    never = torch.zeros(8, 8)
+    frame = torch.zeros(8, 8, 16, 16, 3, dtype=torch.uint8)
+
+    def draw():
+        action = torch.randint(0, 3, (8, 8))
+        return Batch(frame, action, action.float(), never, never.bool())
+
+    model = tiny_model(3, **SMALL)
+    trained(model, 250, draw)
+    batch, script = draw(), torch.randint(0, 3, (6, 8))
+    dream = model.imagine(model.starts_from_contexts(batch), 6, lambda t, z, d: script[t])
+    now, before = script.float(), torch.cat([batch.action[:, -2:-1].T, script[:-1]]).float()
+    assert (dream.reward - now).abs().mean() < 0.25
+    assert (dream.reward - before).abs().mean() > 0.5
+
+
+def test_D2_only_what_follows_an_action_depends_on_it():
+    model = tiny_model()
+    shake(model.reward_head[-1], model.end_head[-1])
+    start = Start(torch.zeros(1, 4, dtype=torch.long), torch.randn(1, 16),
+                  model.sequence.initial_state(1), torch.tensor([False]))  # fmt: skip
+
+    def dream(actions):
+        torch.manual_seed(5)
+        return model.imagine(start, 3, lambda t, z, d: torch.tensor([actions[t]]))
+
+    a, b = dream([0, 1, 2]), dream([0, 3, 2])  # a_1 differs
+    assert torch.equal(a.z[:2], b.z[:2])  # z_0, z_1
+    assert torch.equal(a.d[:2], b.d[:2]) and not torch.equal(a.d[2], b.d[2])  # d_-1, d_0 | d_1
+    assert torch.equal(a.reward[0], b.reward[0]) and not torch.equal(a.reward[1], b.reward[1])
+    assert torch.equal(a.end[0], b.end[0]) and not torch.equal(a.end[1], b.end[1])
+    close(a.reward, model.two_hot.mean(model.reward_head(a.d[1:])))
+
+
+# ---------------------------------------------------------------- where dreams start
+
+
+def check_starts(model, start, batch, z, places):
+    """Every start (b, t) holds what one scan over the steps before t leaves, and dreams on."""
+    script = batch.action[[b for b, t in places], [t for b, t in places]]
+    dream = model.imagine(start, 1, lambda t, z, d: script)
+    for i, (b, t) in enumerate(places):
+        assert torch.equal(start.z[i], z[b, t]) and start.first[i] == batch.first[b, t]
+        seen = tokens(z[b], batch.action[b])[None]
+        whole, _ = model.sequence(seen, reset=batch.first[b : b + 1])
+        close(dream.d[1, i], whole[0, t])  # one dreamt step on, with the real action
+        if batch.first[b, t]:
+            assert dream.d[0, i].count_nonzero() == 0  # nothing dreams through a reset
+        elif t:
+            close(dream.d[0, i], whole[0, t - 1])
+            _, left = model.sequence(seen[:, :t], reset=batch.first[b : b + 1, :t])
+            for layer, expected in zip(start.state, left):
+                close(layer.conv[i], expected.conv[0])
+                close(layer.scan[i], expected.scan[0])
+
+
+@pytest.mark.parametrize("backbone", ["mamba2", "mamba"])
+def test_T2_starts_from_the_batch_hold_what_a_scan_leaves(backbone):
+    model = tiny_model(backbone=backbone)
+    batch, z = random_batch(2, 8, [(0, 5), (1, 4), (1, 6)]), torch.randint(0, 4, (2, 8, 4))
+    start = model.starts_from_batch(batch, z, 8)
+    check_starts(model, start, batch, z, [(b, t) for t in (0, 2, 4, 6) for b in (0, 1)])
+
+
+@pytest.mark.parametrize("backbone", ["mamba2", "mamba"])
+def test_T2_starts_from_contexts_hold_what_a_scan_leaves(backbone):
+    model = tiny_model(backbone=backbone)
+    batch, z = random_batch(3, 5, [(0, 2), (1, 4), (2, 0)]), torch.randint(0, 4, (3, 5, 4))
+    see_exactly(model, z.flatten(0, 1))
+    check_starts(model, model.starts_from_contexts(batch), batch, z, [(0, 4), (1, 4), (2, 4)])
+
+
+def test_a_dream_has_one_state_more_than_steps_and_no_gradient():
+    model, agent = tiny_model(), tiny_agent()
+    start = model.starts_from_contexts(random_batch(6, 3))
+    dream = model.imagine(start, 5, lambda t, z, d: agent.act(z, d))
+    shapes = [tuple(part.shape) for part in dream]
+    assert shapes == [(6, 6, 4), (6, 6, 16), (5, 6), (5, 6), (5, 6)]
+    assert not any(part.requires_grad for part in dream)
+    assert ((dream.end > 0) & (dream.end < 1)).all()  # a probability, never a threshold
+
+
+# ---------------------------------------------------------------- actor-critic
+
+
+REWARD, END = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.0], [0.5], [0.0]])
+VALUE = torch.tensor([[10.0], [20.0], [30.0], [40.0]])
+
+
+def test_D3_lambda_return_mixes_the_next_value():
+    # R_2 = 3 + 0.5 * 40                                    = 23
+    # R_1 = 2 + 0.5 * 0.5 * (0.75 * 30 + 0.25 * 23)         = 9.0625
+    # R_0 = 1 + 0.5       * (0.75 * 20 + 0.25 * 9.0625)     = 9.6328125
+    returns = lambda_return(REWARD, END, VALUE, gamma=0.5, lambda_=0.25)
+    assert returns.flatten().tolist() == [9.6328125, 9.0625, 23.0]
+
+
+def test_D3_lambda_0_is_one_step_and_lambda_1_the_whole_sum():
+    one_step = lambda_return(REWARD, END, VALUE, gamma=0.5, lambda_=0.0)
+    assert one_step.flatten().tolist() == [11.0, 9.5, 23.0]
+    whole_sum = lambda_return(REWARD, END, VALUE, gamma=0.5, lambda_=1.0)
+    assert whole_sum.flatten().tolist() == [4.875, 7.75, 23.0]
+
+
+def random_dream(T=4, N=3, end=None, reward=None):
+    torch.manual_seed(6)
+    dream = Dream(torch.randint(0, 4, (T + 1, N, 4)), torch.randn(T + 1, N, 16),
+                  torch.randint(0, 4, (T, N)), 5 * torch.randn(T, N), torch.rand(T, N))  # fmt: skip
+    given = {name: x for name, x in (("end", end), ("reward", reward)) if x is not None}
+    return dream._replace(**given)
+
+
+def test_P7_a_step_counts_by_the_chance_to_get_there():
+    end = torch.tensor([[0.5], [0.8], [1.0], [0.0]])
+    _, metrics = tiny_agent().loss(random_dream(4, 1, end, torch.zeros(4, 1)))
+    # The new critic reads 0, as do its returns: the same cross-entropy at each step, twice
+    logits = -1.5 * np.abs(np.arange(-127, 128) * 20 / 127)
+    each = 2 * np.log(np.exp(logits).sum())
+    close(metrics["critic_loss"], each * (1 + 0.5 + 0.5 * 0.2 + 0) / 4)
+
+
+def test_P7_nothing_is_learnt_after_a_sure_end():
+    agent, out = tiny_agent(), {}
+    shake(agent.critic[-1], scale=0.05)
+    for name in ("actor", "critic"):
+        def keep(module, args, output, name=name):
+            if output.requires_grad:
+                output.retain_grad()
+                out[name] = output
+        getattr(agent, name).register_forward_hook(keep)
+    end = torch.zeros(4, 3)
+    end[1] = 1.0
+    agent.loss(random_dream(4, 3, end))[0].backward()
+    for logits in out.values():
+        size = logits.grad.abs().sum((1, 2))
+        assert (size[:2] > 0).all() and size[2:].count_nonzero() == 0
+
+
+def test_agent_loss_is_that_of_its_formulas():
+    agent, dream = tiny_agent(floor=0.2), random_dream()
+    shake(agent.actor[-1], scale=2.0)
+    shake(agent.critic[-1], agent.slow_critic[-1], scale=0.02)
+    total, metrics = agent.loss(dream)
+
+    def probabilities(network):
+        hot = torch.nn.functional.one_hot(dream.z, 4).flatten(-2).float()
+        with torch.no_grad():
+            return network(torch.cat([hot, dream.d], -1)).double().softmax(-1).numpy()  # T + 1
+
+    pi = 0.8 * probabilities(agent.actor)[:4] + 0.2 / 4
+    p, slow_p = probabilities(agent.critic), probabilities(agent.slow_critic)
+    reward, end = dream.reward.double().numpy(), dream.end.double().numpy()
+
+    def returns(v):
+        R = [v[4]]
+        for t in (3, 2, 1, 0):
+            R.insert(0, reward[t] + 0.9 * (1 - end[t]) * (0.2 * v[t + 1] + 0.8 * R[0]))
+        return np.stack(R[:4])
+
+    def cross_entropy(target):
+        upper = np.searchsorted(BINS, target, side="right")
+        share = (target - BINS[upper - 1]) / (BINS[upper] - BINS[upper - 1])
+        log_p, (t, n) = np.log(p[:4]), np.indices(target.shape)
+        return -(share * log_p[t, n, upper] + (1 - share) * log_p[t, n, upper - 1])
+
+    R, R_slow = returns(p @ BINS), returns(slow_p @ BINS)
+    scale = max(1, np.percentile(R, 95) - np.percentile(R, 5))
+    t, n = np.indices(R.shape)
+    log_taken = np.log(pi[t, n, dream.action.numpy()])
+    entropy = -(pi * np.log(pi)).sum(-1)
+    actor = -(R - (p @ BINS)[:4]) / scale * log_taken - 0.01 * entropy
+    weight = np.concatenate([np.ones((1, 3)), np.cumprod(1 - end, 0)[:3]])
+    critic = cross_entropy(R) + cross_entropy(R_slow)
+    close(metrics["actor_loss"], (weight * actor).mean(), 1e-3)
+    close(metrics["critic_loss"], (weight * critic).mean(), 1e-3)
+    close(total, (weight * (actor + critic)).mean(), 1e-3)
+
+
+def test_D15_the_first_return_range_starts_the_average_and_is_saved():
+    spread = ReturnRange(0.99)
+    close(spread.update(torch.arange(101.0)), 90.0)  # 95 - 5
+    close(spread.update(torch.zeros(50)), 0.99 * 90)
+    copy = ReturnRange(0.99)
+    copy.load_state_dict(spread.state_dict())
+    close(copy.update(torch.zeros(50)), 0.99**2 * 90)
+    assert "return_range.value" in tiny_agent().state_dict()
+
+
+def test_no_action_falls_below_the_floor():
+    agent = tiny_agent(floor=0.01)
+    shake(agent.actor[-1], scale=1e4)
+    pi = agent.policy(torch.randn(100, 32))
+    assert pi.min() >= 0.01 / 4 - 1e-9
+    close(pi.max(), 0.99 + 0.01 / 4)
+    counts = torch.bincount(sample(pi[:1].expand(20_000, 4)), minlength=4)
+    assert counts.min() > 20_000 * 0.0025 / 2  # act() draws from the same
+
+
+def test_the_slow_critic_follows_by_its_decay():
+    agent = tiny_agent()
+    agent.critic[0].weight.data.fill_(1.0)
+    agent.slow_critic[0].weight.data.zero_()
+    agent.update_slow_critic()
+    close(agent.slow_critic[0].weight, torch.full((8, 32), 0.02))
+    assert not any(p.requires_grad for p in agent.slow_critic.parameters())
+
+
+# ---------------------------------------------------------------- optimisers
+
+
+def descend(optimizer, loss, clip=1e9, progress=1.0):
+    """drama.optimise, for parameters that no module holds."""
+    return drama.optimise(torch.nn.Module(), optimizer, loss, clip, progress, [])
+
+
+def test_laprop_follows_its_formulas_and_warm_up():
+    rate, warm_up, eps = 0.1, 4, 1e-20
+    g = np.random.default_rng(0).normal(size=(6, 3))
+    theta, m, v = np.array([1.0, -2.0, 3.0]), np.zeros(3), np.zeros(3)
+    weight = torch.nn.Parameter(torch.tensor(theta))
+    optimizer = make_optimizer("laprop", [dict(params=[weight], rate=rate)], eps)
+    for k in range(1, 7):
+        v = 0.999 * v + 0.001 * g[k - 1] ** 2
+        step = rate * min(1, k / warm_up) * g[k - 1] / (np.sqrt(v / (1 - 0.999**k)) + eps)
+        m = 0.9 * m + 0.1 * step
+        theta = theta - m / (1 - 0.9**k)
+        loss = (weight * torch.tensor(g[k - 1])).sum()
+        descend(optimizer, loss, progress=min(1.0, k / warm_up))
+        close(weight, theta, 1e-12)
+
+
+def test_rates_rise_over_the_warm_up_updates_of_a_run(fake, tmp_path):
+    seen, optimise = [], drama.optimise
+
+    def watched(module, optimizer, *rest):
+        result = optimise(module, optimizer, *rest)
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        return result
+
+    fake.setattr(drama, "optimise", watched)
+    rates = "--model-rate 1 --balance-rate 2 --agent-rate 3 --warmup-updates 5".split()
+    assert command(tmp_path / "run", *rates) == 0
+    share = [0.2, 0.4, 0.6, 0.8] + [1.0] * 6
+    assert seen[::2] == [[1 * x, 2 * x] for x in share] and seen[1::2] == [[3 * x] for x in share]
+
+
+@pytest.mark.parametrize("kind", ["laprop", "adam"])
+def test_D4_a_weight_without_gradient_keeps_its_value(kind, fake):
+    run = drama.Run(tiny_settings(optimizer=kind), torch.device("cpu"))
+    for module, optimizer in ((run.model, run.model_optimizer), (run.agent, run.agent_optimizer)):
+        before = digest(module.state_dict())
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+            group["lr"] = 1.0
+        optimizer.step()
+        assert digest(module.state_dict()) == before
+
+
+def test_loss_weights_stand_outside_the_clipped_norm():
+    weight, s = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+    groups = [dict(params=[weight], rate=0.1), dict(params=[s], rate=0.1)]
+    optimizer = make_optimizer("adam", groups, 1e-8)
+    loss = (weight * torch.tensor([3.0, 4.0])).sum() + 100 * s.sum()
+    norm, _ = descend(optimizer, loss, clip=1.0)
+    close(norm, 5.0)
+    close(weight.grad, torch.tensor([0.6, 0.8]))
+    close(s.grad, 100.0 * torch.ones(1))
+
+
+# ---------------------------------------------------------------- frozen figures
+
+
+def test_the_papers_world_model_has_the_papers_size():
+    s = drama.Settings()
+    model, _ = drama.build_networks(s, 18, torch.device("cpu"))
+    size = {n: sum(p.numel() for p in part.parameters()) for n, part in model.named_children()}
+    assert {name: count for name, count in size.items() if count} == dict(
+        encoder=232_272, posterior_head=1_049_600, decoder=1_281_811, sequence=3_743_648,
+        prior_head=525_312, reward_head=197_119, end_head=131_841)  # fmt: skip
+    assert sum(size.values()) == 7_161_603
+
+
+def test_the_score_table_gives_the_papers_means():
+    rows = drama.SCORES.values()
+    drama_xs = [100 * (xs - random) / (human - random) for random, human, xs, _ in rows]
+    uniform = [100 * (u - random) / (human - random) for random, human, _, u in rows]
+    assert len(drama_xs) == 26
+    assert round(statistics.mean(drama_xs)) == 105 and round(statistics.median(drama_xs)) == 27
+    assert round(statistics.mean(uniform)) == 80
+
+
+def test_human_normalised():
+    assert drama.human_normalised("Pong", 15) == pytest.approx(100)
+    assert drama.human_normalised("KungFuMaster", 258) == 0
+    assert drama.human_normalised("Breakout", 9) == pytest.approx(25)
+    assert drama.human_normalised("Tetris", 9) is None
+
+
+# ---------------------------------------------------------------- replay and sampling
+
+
+def filled(steps, capacity=None):
+    """A replay of 1 x 1 frames that count their steps."""
+    replay = Replay(capacity or steps, size=1)
+    for i in range(steps):
+        replay.add(np.full((1, 1, 3), i % 256, np.uint8), i % 4, i / 2, i % 10 == 9, i % 10 == 0)
+    return replay
+
+
+def frequencies(replay, draw, count=1, trials=6000, **counters):
+    seen, rng = np.zeros(5), np.random.default_rng(0)
+    for _ in range(trials):
+        for name, values in counters.items():
+            getattr(replay, name)[:5] = values
+        seen[draw(count, rng)] += 1
+    return seen / trials
+
+
+def test_dfs_of_five_slots_for_training():
+    replay = filled(7)  # five windows of three
+    weight = [1, math.exp(-0.5), math.exp(-1), math.exp(-2.5), 1]  # trained 0 1 2 5 0, tau 2
+    p = np.array(weight) / sum(weight)
+
+    def draw(count, rng):
+        return replay.training_windows(count, 3, 2.0, rng)
+
+    trained = [0, 1, 2, 5, 0]
+    np.testing.assert_allclose(frequencies(replay, draw, trained=trained), p, atol=0.025)
+    pair = p + [sum(q * p[i] / (1 - q) for j, q in enumerate(p) if j != i) for i in range(5)]
+    np.testing.assert_allclose(frequencies(replay, draw, 2, trained=trained), pair, atol=0.025)
+    assert sorted(draw(5, np.random.default_rng(1))) == [0, 1, 2, 3, 4]  # without replacement
+
+
+def test_dfs_of_five_slots_for_dreaming():
+    replay = filled(7)
+    # trained 4 4 1 0 2, dreamed 0 16 4 6 4; at two contexts a window: min(0, 4 - 0) ...
+    score = np.array([0, -4, -1, -3, 0]) / 2.0
+    p = np.exp(score) / np.exp(score).sum()
+
+    def draw(count, rng):
+        return replay.dreaming_windows(count, 3, 2.0, rng, ratio=2.0)
+
+    seen = frequencies(replay, draw, trained=[4, 4, 1, 0, 2], dreamed=[0, 16, 4, 6, 4])
+    np.testing.assert_allclose(seen, p, atol=0.025)
+
+
+def test_uniform_sampling_is_an_infinite_temperature():
+    replay = filled(7)
+    seen = frequencies(replay, lambda count, rng: replay.training_windows(count, 3, math.inf, rng),
+                       trained=[0, 100, 7, 1, 50])  # fmt: skip
+    np.testing.assert_allclose(seen, np.full(5, 0.2), atol=0.025)
+
+
+def test_draws_are_counted_where_the_window_starts():
+    replay = filled(40)
+    starts = replay.training_windows(6, 5, 2.0, np.random.default_rng(0))
+    assert replay.trained.sum() == 6 and set(np.flatnonzero(replay.trained)) == set(starts)
+    assert replay.dreamed.sum() == 0
+    starts = replay.dreaming_windows(9, 5, 2.0, np.random.default_rng(0), 1.5)
+    assert set(np.flatnonzero(replay.dreamed)) == set(starts) and replay.trained.sum() == 6
+
+
+def test_D17_windows_are_consecutive_up_to_the_newest_step_and_no_further():
+    replay, rng, starts = filled(30, capacity=50), np.random.default_rng(0), set()
+    for _ in range(50):
+        starts |= set(replay.training_windows(8, 7, 10.0, rng).tolist())
+    assert starts == set(range(24))  # 24 + 7 would reach step 30, which is not there
+    batch = replay.windows(np.array([0, 8, 23]), 7, "cpu")
+    for row, start in enumerate([0, 8, 23]):
+        steps = np.arange(start, start + 7)
+        assert batch.frame[row, :, 0, 0, 0].tolist() == steps.tolist()
+        assert batch.action[row].tolist() == (steps % 4).tolist()
+        assert batch.reward[row].tolist() == (steps / 2).tolist()
+        assert batch.terminal[row].tolist() == (steps % 10 == 9).tolist()
+        assert batch.first[row].tolist() == (steps % 10 == 0).tolist()
+    kinds = [part.dtype for part in batch]
+    assert kinds == [torch.uint8, torch.int64, torch.float32, torch.float32, torch.bool]
+
+
+def test_a_full_replay_refuses():
+    with pytest.raises(IndexError, match="full"):
+        filled(5).add(np.zeros((1, 1, 3), np.uint8), 0, 0, False, False)
+
+
+def test_a_replay_saved_in_pieces_comes_back_whole():
+    replay = filled(20, capacity=30)
+    replay.training_windows(6, 5, 2.0, np.random.default_rng(0))
+    replay.dreaming_windows(6, 5, 2.0, np.random.default_rng(0), 1.0)
+    copy = Replay(30, size=1)
+    for start, stop in ((0, 8), (8, 20)):
+        file = io.BytesIO()
+        np.savez_compressed(file, **replay.steps(start, stop))
+        file.seek(0)
+        copy.append_steps(dict(np.load(file, allow_pickle=False)))
+    copy.load_counters(replay.counters())
+    for a, b in ((replay, copy), (copy, replay)):
+        a.add(np.full((1, 1, 3), 7, np.uint8), 1, 2.0, True, False)
+    assert digest(replay.steps(0, 21)) == digest(copy.steps(0, 21))
+    assert digest(replay.counters()) == digest(copy.counters()) and replay.length == copy.length
+    assert replay.trained.sum() == 6
+
+
+def test_a_hundred_thousand_entries_can_be_drawn_from():
+    replay = Replay(100_000, size=1)
+    replay.length = 100_000
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        starts = replay.training_windows(16, 128, 10.0, rng)
+        contexts = replay.dreaming_windows(1024, 8, 10.0, rng, 64.0)
+        assert len(set(starts)) == 16 and len(set(contexts)) == 1024
+    assert replay.bytes_needed(100_000) == 100_000 * 64 * 64 * 3
+
+
+# ---------------------------------------------------------------- the game
+
+
+@pytest.mark.parametrize("name, rom", [
+    ("Breakout", "breakout"), ("breakout", "breakout"), ("ALE/Breakout-v5", "breakout"),
+    ("BreakoutNoFrameskip-v4", "breakout"), ("BreakoutDeterministic-v0", "breakout"),
+    ("MsPacman", "ms_pacman"), ("ms_pacman", "ms_pacman"), ("KungFuMaster", "kung_fu_master"),
+])  # fmt: skip
+def test_a_game_is_known_by_any_usual_name(name, rom):
+    assert drama.game_id(name) == rom
+
+
+def test_every_game_of_the_table_is_known_by_its_title():
+    assert [drama.game_title(drama.game_id(name)) for name in drama.SCORES] == list(drama.SCORES)
+
+
+def test_a_wrong_name_is_answered_with_the_nearest():
+    with pytest.raises(drama.Mistake, match="Breakout.*--list-games"):
+        drama.game_id("Braekout")
+
+
+@pytest.fixture(scope="module")
+def pacman():
+    return drama.Game("MsPacman")
+
+
+def play(game, seed, steps=60):
+    frames, rewards, rng = [game.reset(np.array([seed]))], [], np.random.default_rng(0)
+    for _ in range(steps):
+        frame, reward, _, _ = game.step([int(rng.integers(game.actions))])
+        frames.append(frame)
+        rewards.append(float(reward[0]))
+    return np.stack(frames), rewards
+
+
+def test_D11_the_seed_reaches_the_game(pacman):
+    one, again, other = (play(pacman, seed)[0] for seed in (3, 3, 4))
+    assert one.shape == (61, 1, 64, 64, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, again) and not np.array_equal(one[0], other[0])
+
+
+def test_rewards_are_not_clipped(pacman):
+    assert max(play(pacman, 3, 200)[1]) >= 10  # a pellet
+
+
+def test_an_illegal_action_is_refused_without_hanging(pacman):
+    pacman.reset(np.array([0]))
+    for action in (-1, pacman.actions):
+        with pytest.raises(ValueError, match=str(action)):
+            pacman.step([action])
+    pacman.step([0])
+
+
+class ScriptedEnv:
+    """Stands in for ale-py's vector environment: lives, terminated, truncated from a script."""
+
+    script = [(0, 0, 0), (11, 0, 0), (10, 0, 0), (10, 0, 0), (10, 0, 1), (10, 1, 0)]
+
+    def __init__(self, *args, **kwargs):
+        self.single_action_space = type("Space", (), {"n": 4})
+        self.kwargs = kwargs
+
+    def now(self):
+        lives, terminated, truncated = self.script[self.time]
+        frames, self.time = np.zeros((1, 1, 64, 64, 3), np.uint8), self.time + 1
+        return frames, np.zeros(1, np.int32), np.array([terminated]) > 0, \
+            np.array([truncated]) > 0, {"lives": np.array([lives])}  # fmt: skip
+
+    def reset(self, seed):
+        self.time = 0
+        frames, _, _, _, info = self.now()
+        return frames, info
+
+    def step(self, actions):
+        return self.now()
+
+
+def test_D13_only_a_decrease_of_lives_is_terminal_and_truncation_is_not(monkeypatch):
+    monkeypatch.setattr(drama, "AtariVectorEnv", ScriptedEnv)
+    game = drama.Game("Amidar")
+    game.reset(np.array([0]))
+    outcomes = [tuple(bool(x[0]) for x in game.step([0])[2:]) for _ in range(5)]
+    assert outcomes == [(False, False), (True, False), (False, False), (False, True), (True, True)]
+
+
+def test_the_environment_is_that_of_the_protocol(monkeypatch):
+    monkeypatch.setattr(drama, "AtariVectorEnv", ScriptedEnv)
+    protocol = dict(grayscale=False, stack_num=1, frameskip=4, maxpool=True, noop_max=30,
+                    episodic_life=False, reward_clipping=False, use_fire_reset=False,
+                    repeat_action_probability=0.0, full_action_space=False,
+                    max_num_frames_per_episode=108_000)  # fmt: skip
+    given = drama.Game("Amidar").env.kwargs
+    assert {name: given.get(name) for name in protocol} == protocol
+
+
+# ---------------------------------------------------------------- the player
+
+
+def playing(context, steps, first=(0,), change=None, act_on="posterior"):
+    """Play known latents -> player, what the actor saw each step, and tokens (1, steps, Z + A)."""
+    torch.manual_seed(7)
+    model, agent, seen = tiny_model(), tiny_agent(), []
+    act = agent.act
+    agent.act = lambda z, d: seen.append((z, d)) or act(z, d)
+    player = Player(model, agent, 1, context, act_on)
+    z, actions = torch.randint(0, 4, (steps, 4)), []
+    for t in range(steps):
+        see_exactly(model, z[t : t + 1])
+        if t == change:
+            torch.nn.init.normal_(model.sequence.stem[0].weight, std=0.3)
+        frame = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+        actions.append(player.act(frame, torch.tensor([t in first])))
+    return player, seen, tokens(z, torch.cat(actions))[None]
+
+
+def test_play_step_by_step_equals_a_scan():
+    player, seen, token = playing(100, 9, first=(0, 5))
+    reset = torch.tensor([[t in (0, 5) for t in range(9)]])
+    d, state = player.model.sequence(token, reset=reset)
+    for t in range(9):
+        expected = torch.zeros(16) if t in (0, 5) else d[0, t - 1]
+        close(seen[t][1][0], expected)  # the actor sees [z_t, d_{t-1}]
+        assert torch.equal(tokens(seen[t][0], torch.tensor([0]))[0, :16], token[0, t, :16])
+    close(player.state[1].scan, state[1].scan)
+
+
+@pytest.mark.parametrize("steps, age", [(3, 3), (7, 7), (8, 4), (9, 5), (11, 7), (12, 4), (20, 4)])
+def test_T4_the_state_is_rebuilt_from_the_last_half_context(steps, age):
+    player, _, token = playing(8, steps, first=())
+    d, state = player.model.sequence(token[:, steps - age :])
+    close(player.d, d[:, -1])
+    for layer, expected in zip(player.state, state):
+        close(layer.conv, expected.conv)
+        close(layer.scan, expected.scan)
+
+
+def test_T4_the_rebuilt_state_forgets_old_weights_and_keeps_resets():
+    player, _, token = playing(8, 8, first=(0, 6), change=5)
+    reset = torch.tensor([[False, False, True, False]])
+    d, state = player.model.sequence(token[:, 4:], reset=reset)
+    close(player.d, d[:, -1])
+    close(player.state[0].scan, state[0].scan)
+
+
+def test_a_saved_player_goes_on_as_if_never_stopped():
+    model, agent = tiny_model(), tiny_agent()
+    shake(agent.actor[-1])
+    frames = torch.randint(0, 256, (25, 1, 64, 64, 3), dtype=torch.uint8)
+
+    def go_on(player, start, stop):
+        torch.manual_seed(start)
+        return [int(player.act(frames[t], torch.tensor([t in (0, 9)]))) for t in range(start, stop)]
+
+    player = Player(model, agent, 1, 8)
+    go_on(player, 0, 10)
+    file = io.BytesIO()
+    torch.save(player.state_dict(), file)
+    file.seek(0)
+    copy = Player(model, agent, 1, 8)
+    copy.load_state_dict(torch.load(file, weights_only=True))
+    assert go_on(copy, 10, 25) == go_on(player, 10, 25)
+    assert torch.equal(copy.d, player.d) and copy.d.count_nonzero()
+
+
+def test_acting_on_the_prior_shows_the_actor_a_guess_but_remembers_the_frame():
+    real, seen, token = playing(100, 5)
+    guessing, seen_guess, _ = playing(100, 5, act_on="prior")
+    assert torch.equal(seen[0][0], seen_guess[0][0])  # nothing to guess from at the first frame
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(seen[1:], seen_guess[1:]))
+    assert torch.equal(guessing.history[-1][0], real.history[-1][0])
+
+
+# ---------------------------------------------------------------- the loop, by its command line
+
+
+TINY = ("--preset debug --device cpu --threads 1 --steps 64 --warmup 24 --batch 2 --length 8 "
+        "--dreams 4 --train-every 4 --log-every 2 --eval-episodes 1 --tau 1").split()  # fmt: skip
+TIMES = ("steps_per_second", "frames_per_second", "seconds")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(drama, "Game", FakeGame)
+    return monkeypatch
+
+
+@pytest.fixture
+def runs(fake):
+    """All drama.Run that a test makes."""
+    made = []
+
+    class Watched(drama.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    fake.setattr(drama, "Run", Watched)
+    return made
+
+
+def command(folder, *flags):
+    """The real command line, with a tiny run's flags -> exit code."""
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return drama.main([*TINY, "--run", str(folder), *flags])
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+def interrupt_at(monkeypatch, *steps):
+    """Press Ctrl-C during these steps."""
+    add = Replay.add
+
+    def adding(replay, *args):
+        add(replay, *args)
+        if replay.length in steps:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Replay, "add", adding)
+
+
+def tiny_settings(**changes):
+    flags = drama.parse_arguments(TINY)
+    return drama.Settings(**(drama.PRESETS["debug"] | flags | dict(precision="float32") | changes))
+
+
+def digest(value):
+    """SHA-256 over everything in nested containers."""
+    sha = hashlib.sha256()
+
+    def feed(x):
+        if isinstance(x, dict):
+            for key in sorted(x, key=str):
+                sha.update(repr(key).encode())
+                feed(x[key])
+        elif isinstance(x, (list, tuple)):
+            sha.update(f"[{len(x)}".encode())
+            for item in x:
+                feed(item)
+        elif isinstance(x, (torch.Tensor, np.ndarray)):
+            x = np.ascontiguousarray(x.detach().numpy() if isinstance(x, torch.Tensor) else x)
+            sha.update(f"{x.dtype}{x.shape}".encode() + x.tobytes())
+        else:
+            sha.update(repr(x).encode())
+
+    feed(value)
+    return sha.hexdigest()
+
+
+def table(folder, name):
+    """Rows of a CSV, without the columns that tell the time."""
+    rows = list(csv.DictReader(open(folder / f"{name}.csv")))
+    return [{key: cell for key, cell in row.items() if key not in TIMES} for row in rows]
+
+
+def outcome(run, folder):
+    """Everything that two equal runs have in common."""
+    state = {k: v for k, v in drama.state_of(run).items() if k not in ("seconds", "logs")}
+    return digest(state), table(folder, "metrics"), table(folder, "episodes")
+
+
+def contents(folder):
+    return {str(p): p.is_file() and p.read_bytes() for p in sorted(Path(folder).rglob("*"))}
+
+
+def test_D11_same_seed_same_run_and_another_seed_another(runs, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert command(tmp_path / name, "--seed", seed) == 0
+    a, b, c = (outcome(run, tmp_path / name) for run, name in zip(runs, "abc"))
+    assert a == b and len(a[1]) == 5  # ten updates, two a row
+    assert all(x != y for x, y in zip(a[1], c[1]))
+    assert all((tmp_path / "a" / name).read_text() for name in ("metrics.csv", "episodes.csv"))
+    assert [row["step"] for row in a[1]] == ["29", "37", "45", "53", "61"]
+
+
+def test_D5_the_reset_frame_opens_the_episode_and_its_last_reward_counts(runs, tmp_path):
+    assert command(tmp_path / "run") == 0
+    replay, episodes = runs[0].replay, table(tmp_path / "run", "episodes")
+    opens = np.flatnonzero(replay.first[:64])
+    assert opens[0] == 0 and len(opens) >= 4
+    for number, start in enumerate(opens):
+        seed = drama.episode_seeds(0, number, "reset")
+        game, stop = FakeGame("x"), min(64, start + FakeGame.episode_length(seed[0]))
+        frame, score = game.reset(seed), 0
+        for t in range(start, stop):
+            assert np.array_equal(replay.frame[t], frame[0])  # O_t: what a_t was chosen on
+            frame, reward, terminal, done = game.step(replay.action[t : t + 1])
+            assert (replay.reward[t], replay.terminal[t]) == (reward[0], terminal[0])
+            score += reward[0]
+        if done[0]:
+            assert (stop == 64) or stop == opens[number + 1]
+            row = episodes[number]
+            assert (row["step"], row["length"]) == (str(stop), str(stop - start))
+            assert float(row["score"]) == score
+
+
+def test_evaluation_counts_one_whole_episode_of_every_game(fake):
+    class AlwaysTwo:
+        firsts = []
+
+        def act(self, frame, first):
+            self.firsts.append(first.clone())
+            return torch.full((len(frame),), 2)
+
+    s = tiny_settings(eval_episodes=6)
+    scores = drama.evaluate(s, AlwaysTwo(), torch.device("cpu"))
+    seeds = drama.episode_seeds(s.seed, 0, "test", 6)
+    assert scores == [2 * FakeGame.episode_length(seed) for seed in seeds]
+    assert len(set(scores)) > 1
+    assert AlwaysTwo.firsts[0].all() and not torch.stack(AlwaysTwo.firsts[1:]).any()  # D8
+
+
+def test_D6_only_updates_change_anything(runs, tmp_path):
+    assert command(tmp_path / "run") == 0
+    run, s = runs[0], runs[0].settings
+
+    def everything():
+        return digest([run.model.state_dict(), run.agent.state_dict()])
+
+    before, player = everything(), Player(run.model, run.agent, 3, 8)
+    batch = run.replay.windows(np.arange(4), 8, "cpu")
+    drama.evaluate(dataclasses.replace(s, eval_episodes=3), player, torch.device("cpu"))
+    drama.dream_picture(run)
+    for start in (run.model.starts_from_contexts(batch),
+                  run.model.starts_from_batch(batch, torch.zeros(4, 8, 4).long(), 4)):  # fmt: skip
+        run.model.imagine(start, 3, lambda t, z, d: run.agent.act(z, d))
+    assert everything() == before and not run.model.training
+    run.model.train().loss(batch)
+    assert everything() != before  # batch norm saw the update
+
+
+def test_the_model_is_in_training_mode_in_its_update_alone(runs, fake, tmp_path):
+    modes = {name: set() for name in ("loss", "posterior", "imagine", "starts_from_batch")}
+    for name in modes:
+        def watched(model, *args, method=getattr(WorldModel, name), name=name):
+            modes[name].add(model.training)
+            return method(model, *args)
+        fake.setattr(WorldModel, name, watched)
+    assert command(tmp_path / "run") == 0
+    assert modes == dict(loss={True}, posterior={True, False}, imagine={False},
+                         starts_from_batch={False})  # fmt: skip
+
+
+VARIANTS = {
+    "batch": [],
+    "contexts": "--dream-from contexts --context 4 --backbone mamba --optimizer laprop".split(),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_D16_a_run_stopped_and_continued_is_the_run_never_stopped(variant, runs, fake, tmp_path):
+    fake.setattr(drama, "CHUNK", 16)
+    flags = VARIANTS[variant]
+    assert command(tmp_path / "whole", *flags) == 0
+    # Before learning, inside and at the end of a chunk, around the first update, between rows of
+    # metrics, and at an episode's last and first step
+    ends = [int(row["step"]) for row in table(tmp_path / "whole", "episodes")]
+    stops = {7, 16, 24, 25, 31, 48, ends[2], ends[2] + 1, ends[-1]} - {64}
+    interrupt_at(fake, *stops)
+    for _ in stops:
+        assert command(tmp_path / "parts", *flags) == 130
+    assert command(tmp_path / "parts", *flags) == 0
+    assert outcome(runs[-1], tmp_path / "parts") == outcome(runs[0], tmp_path / "whole")
+    assert np.array_equal(runs[-1].frame, runs[0].frame)
+    assert digest(runs[-1].replay.steps(0, 64)) == digest(runs[0].replay.steps(0, 64))
+
+
+def test_D16_the_emulator_comes_back_to_where_it_was(monkeypatch, tmp_path):
+    monkeypatch.setattr(drama, "evaluate", lambda *_: [1.0])
+    flags = ["--game", "MsPacman", "--steps", "40"]
+    assert command(tmp_path / "whole", *flags) == 0
+    interrupt_at(monkeypatch, 30)
+    assert command(tmp_path / "parts", *flags) == 130
+    assert command(tmp_path / "parts", *flags) == 0
+    parts, whole = (table(tmp_path / name, "metrics") for name in ("parts", "whole"))
+    assert parts == whole and len(whole) == 2
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(runs, tmp_path):
+    assert command(tmp_path / "long", "--steps", "80") == 0
+    assert command(tmp_path / "run") == 0
+    assert command(tmp_path / "run", "--steps", "80") == 0
+    assert outcome(runs[-1], tmp_path / "run") == outcome(runs[0], tmp_path / "long")
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(fake, tmp_path):
+    assert command(tmp_path / "run") == 0
+    before = contents(tmp_path)
+    assert command(tmp_path / "run") == 0
+    assert contents(tmp_path) == before
+
+
+def test_the_same_command_goes_on_with_precision_left_to_the_machine(fake, tmp_path):
+    assert command(tmp_path / "run", "--precision", "auto") == 0
+    assert command(tmp_path / "run", "--precision", "auto") == 0
+
+
+def test_a_stopped_run_gives_the_signals_back(fake, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    interrupt_at(fake, 10)
+    with pytest.raises(SystemExit):
+        drama.main([*TINY, "--run", str(tmp_path / "run")])
+    after = signal.signal(signal.SIGINT, before)
+    assert after == before
+
+
+def test_updates_that_are_not_finite_leave_no_trace(runs, fake, tmp_path):
+    loss = WorldModel.loss
+
+    def broken(model, batch):
+        total, *rest = loss(model, batch)
+        return total * math.nan, *rest
+
+    fake.setattr(WorldModel, "loss", broken)
+    assert command(tmp_path / "run", "--steps", "40") == 0  # four updates
+    fresh, _ = drama.build_networks(runs[0].settings, 4, torch.device("cpu"))
+    assert digest(runs[0].model.state_dict()) == digest(fresh.state_dict())
+    assert runs[0].skipped == 4
+
+
+def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(fake, tmp_path, capsys):
+    loss = ActorCritic.loss
+    fake.setattr(ActorCritic, "loss", lambda agent, dream: loss(
+        agent, dream._replace(reward=dream.reward * math.nan)))  # fmt: skip
+    assert command(tmp_path / "run") == 1
+    assert "10 updates in a row" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- flags
+
+
+CHANGED = dict(
+    preset="debug", game="Pong", seed=3, steps=70, device="cpu", threads=1, precision="bfloat16",
+    replay_device="cpu", save_minutes=7.5, log_every=3, eval_episodes=1, warmup=33, train_every=5,
+    sampling="uniform", tau=3.5, batch=3, length=6, channels=(4, 6), strides=(4, 4), kernel=7,
+    groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8, head_dim=12,
+    dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
+    balance=False, event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3,
+    actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002,
+    floor=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop", model_rate=0.002,
+    agent_rate=0.003, balance_rate=0.004, warmup_updates=6, eps=1e-12, model_clip=50.0,
+    agent_clip=60.0)  # fmt: skip
+
+
+def test_every_setting_is_a_flag_that_reaches_the_run(runs, tmp_path):
+    flags = []
+    for field in dataclasses.fields(drama.Settings):
+        value, name = CHANGED[field.name], field.name.strip("_").replace("_", "-")
+        if isinstance(value, bool):
+            flags += [f"--{'' if value else 'no-'}{name}"]
+        else:
+            several = value if isinstance(value, tuple) else [value]
+            flags += [f"--{name}", ",".join(map(str, several))]
+    assert drama.main([*flags, "--run", str(tmp_path / "run")]) == 0
+    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert kept == {k: list(v) if isinstance(v, tuple) else v for k, v in CHANGED.items()}
+    assert dataclasses.asdict(runs[0].settings) == CHANGED
+    assert drama.main([*flags, "--run", str(tmp_path / "run")]) == 0  # and is accepted again
+    default = dataclasses.asdict(drama.Settings()) | drama.PRESETS["debug"]
+    same = {name for name, value in CHANGED.items() if value == default[name]}
+    assert same == set()  # or the flag would not be seen
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as end:
+        drama.main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(drama.Settings):
+        assert f"--{field.name.strip('_').replace('_', '-')}" in text
+        assert field.metadata["help"].split()[0] in text
+
+
+def test_list_games(capsys):
+    assert drama.main(["--list-games"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {"Breakout", "MsPacman", "KungFuMaster", "Pong"} | set(drama.SCORES) <= set(names)
+    assert names == sorted(names)
+
+
+def test_without_a_preset_the_laptop_gets_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    s, _, _ = drama.new_settings({"device": "cpu"})
+    assert (s.preset, s.d_model, s.dream_from) == ("laptop", 256, "batch")
+
+
+def test_the_presets_pass_their_own_check():
+    for name, changes in drama.PRESETS.items():
+        drama.check(drama.Settings(**dict(changes, preset=name)))
+
+
+def test_the_first_lines_say_what_runs(fake, tmp_path, capsys):
+    assert command(tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    for word in ("cpu", "as asked", "debug", "Breakout", "encoder", "replay", "final score"):
+        assert word in out
+
+
+def test_README_commands_are_understood():
+    readme = HERE / "README.md"
+    if not readme.exists():
+        pytest.skip("no README yet")
+    blocks = re.findall(r"```.*?\n(.*?)```", readme.read_text(), re.S)
+    blocks += re.findall(r"^    .*$", readme.read_text(), re.M)
+    lines = re.findall(r"\bpython drama\.py([^\n#&|]*)", "\n".join(blocks))
+    assert lines
+    for line in lines:
+        if "--help" not in line:
+            drama.parse_arguments(line.split())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with two saves, at steps 40 and 64, and replay files of 16 steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drama, "Game", FakeGame)
+        patch.setattr(drama, "CHUNK", 16)
+        interrupt_at(patch, 40)
+        assert command(folder) == 130 and command(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def run_folder(finished, fake, tmp_path):
+    fake.setattr(drama, "CHUNK", 16)
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def refused(capsys, folder, argv, says):
+    """One sentence on stderr, exit code 2, nothing touched."""
+    capsys.readouterr()
+    before = contents(folder)
+    assert drama.main(argv) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err.startswith("drama.py: ")
+    assert re.search(says, err), err
+    assert contents(folder) == before
+
+
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--gme Pong", "--game"), ("--gam Pong", "--gam"), ("--warmup-update 3", "--warmup-updates"),
+    ("Pong", "Pong"), ("--seed -1", "--seed"), ("--steps 1e5", "1e5.*whole number"),
+    ("--steps 10", "--steps 10.*24"), ("--steps -5", "--steps"), ("--preset fast", "laptop"),
+    ("--device tpu", "--device.*cpu"), (f"--device {ABSENT}", ABSENT), ("--game Pongg", "Pong"),
+    ("--batch 100 --dreams 100", "--batch 100.*17"), ("--steps 100000000000", "GiB"),
+    ("--gamma 1.5", "--gamma"),
+    ("--gamma nan", "--gamma"), ("--model-rate -1", "--model-rate"), ("--horizon 0", "--horizon"),
+    ("--channels 4,x", "x"), ("--strides 2,2", "--strides"), ("--head-dim 7", "--head-dim"),
+    ("--dreams 3", "--dreams 3"), ("--context 4", "--context"), ("--backbone gru", "mamba2"),
+    ("--dream-from contexts --dreams 99", "--dreams 99"), ("--act-on prior", "--eval"),
+    ("--steps", "--steps"), ("--dream-from contexts --context 1", "--context"),
+])  # fmt: skip
+def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
+    refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new"), *flags.split()], says)
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--game Pong", "--game Breakout"), ("--seed 1", "--seed 0"), ("--steps 50", "64"),
+    ("--d-model 64", "--d-model 32"), ("--no-balance", "--balance"), ("--preset laptop", "debug"),
+    ("--device tpu", "--device"), ("--steps 100000000000", "GiB"),
+])  # fmt: skip
+def test_a_run_is_not_continued_with_other_settings(flags, says, run_folder, capsys):
+    refused(capsys, run_folder, [*TINY, "--run", str(run_folder), *flags.split()], says)
+
+
+@pytest.mark.parametrize("kind", ["--eval", "--watch"])
+def test_a_folder_without_a_run_cannot_be_played(kind, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing"):
+        refused(capsys, tmp_path, [kind, str(tmp_path / name)], "holds no run")
+
+
+@pytest.mark.parametrize("flags", ["--eval-episodes 0", "--eval-episodes -1", "--threads -1",
+                                   "--device tpu", "--gamma 0.5"])  # fmt: skip
+def test_bad_flags_of_an_evaluation_are_refused(flags, run_folder, capsys):
+    refused(capsys, run_folder, ["--eval", str(run_folder), *flags.split()], flags.split()[0])
+
+
+def test_a_file_or_a_folder_of_other_things_is_not_taken(fake, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    argv = [*TINY, "--run"]
+    refused(capsys, tmp_path, [*argv, str(tmp_path / "file")], "is a file")
+    refused(capsys, tmp_path, [*argv, str(tmp_path / "file" / "below")], "cannot|is a file")
+    refused(capsys, tmp_path, [*argv, str(tmp_path / "photos")], "cat.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_refused(fake, tmp_path, capsys):
+    (tmp_path / "fixed").mkdir(mode=0o555)
+    refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "fixed" / "run")], "cannot")
+
+
+def test_a_folder_in_use_is_refused(run_folder, capsys):
+    other = drama.Folder(run_folder)
+    other.open_for_writing()
+    refused(capsys, run_folder, [*TINY, "--run", str(run_folder), "--steps", "70"], "in use")
+    other.lock.close()
+    assert command(run_folder) == 0  # the system frees the lock
+
+
+def test_a_run_killed_within_its_first_save_begins_again(fake, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("lock", "state-000000.pt", "save-000000.json.tmp"):
+        (tmp_path / "run" / name).write_text("half")
+    assert command(tmp_path / "run") == 0
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("state-000064.pt", flip), ("state-000064.pt", truncate), ("state-000064.pt", Path.unlink),
+    ("save-000064.json", flip), ("save-000064.json", truncate),
+])  # fmt: skip
+def test_a_damaged_save_is_named_and_the_one_before_is_used(name, damage, run_folder, runs, capsys):
+    good = table(run_folder, "metrics"), table(run_folder, "episodes")
+    damage(run_folder / name)
+    assert command(run_folder) == 0
+    said = capsys.readouterr()
+    assert re.search(f"{name}.*step 40", said.out + said.err)
+    assert good == (table(run_folder, "metrics"), table(run_folder, "episodes"))
+    assert runs[-1].step == 64
+
+
+def test_a_damaged_replay_is_refused_but_the_agent_still_plays(run_folder, capsys):
+    flip(run_folder / "replay-001.npz")
+    refused(capsys, run_folder, [*TINY, "--run", str(run_folder)], "replay-001.npz is damaged")
+    assert drama.main(["--eval", str(run_folder), "--eval-episodes", "2"]) == 0
+
+
+def test_a_folder_with_no_whole_save_is_refused(run_folder, capsys):
+    for path in run_folder.glob("state-*.pt"):
+        flip(path)
+    refused(capsys, run_folder, [*TINY, "--run", str(run_folder)], "state-000064.pt is damaged")
+    refused(capsys, run_folder, ["--eval", str(run_folder)], "state-000064.pt is damaged")
+
+
+def test_the_newest_save_is_found_beyond_a_million_steps(tmp_path):
+    for step in (999_999, 1_000_448):
+        (tmp_path / f"save-{step:06d}.json").write_text("{}")
+    assert "1000448" in drama.Folder(tmp_path).manifests()[0].name
+
+
+# ---------------------------------------------------------------- evaluation, pictures
+
+
+def test_eval_prints_the_scores_and_keeps_them(run_folder, capsys):
+    assert drama.main(["--eval", str(run_folder), "--eval-episodes", "3"]) == 0
+    out = capsys.readouterr().out
+    for words in ("3 of 3", "final score", "human-normalised", "published Drama"):
+        assert words in out
+    kept = json.loads((run_folder / "evaluation-000064.json").read_text())
+    assert len(kept["scores"]) == 3 and kept["step"] == 64 and kept["act_on"] == "posterior"
+    assert drama.main(["--eval", str(run_folder), "--act-on", "prior"]) == 0
+    other = json.loads((run_folder / "evaluation-000064-prior.json").read_text())
+    assert len(other["scores"]) == 20 and other["act_on"] == "prior"
+
+
+def test_an_evaluation_takes_0_threads_for_torchs_own_number(run_folder):
+    assert drama.main(["--eval", str(run_folder), "--eval-episodes", "1", "--threads", "0"]) == 0
+
+
+def test_load_player_acts_without_the_loop(run_folder):
+    s, player, _ = drama.load_player(run_folder, games=2)
+    action = player.act(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.tensor([True, True]))
+    assert action.shape == (2,) and s.game == "Breakout"
+
+
+def png_chunks(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at = 8
+    while at < len(data):
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
+        (checksum,) = struct.unpack(">I", data[at + 8 + size : at + 12 + size])
+        assert checksum == zlib.crc32(kind + body)
+        yield kind.decode(), body
+        at += 12 + size
+
+
+def pixels(data, height, width):
+    rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(height, 1 + 3 * width)
+    assert not rows[:, 0].any()  # no filter
+    return rows[:, 1:].reshape(height, width, 3)
+
+
+def test_a_png_holds_the_pixels_it_was_given(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    drama.write_png(tmp_path / "a.png", [image])
+    chunks = dict(png_chunks(tmp_path / "a.png"))
+    assert list(chunks) == ["IHDR", "IDAT", "IEND"]
+    assert struct.unpack(">2I5B", chunks["IHDR"]) == (7, 5, 8, 2, 0, 0, 0)
+    assert np.array_equal(pixels(chunks["IDAT"], 5, 7), image)
+
+
+def test_an_animated_png_holds_all_frames_in_order(tmp_path):
+    film = list(np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8))
+    drama.write_png(tmp_path / "a.png", film, per_second=15)
+    chunks = list(png_chunks(tmp_path / "a.png"))
+    kinds = [kind for kind, _ in chunks]
+    assert kinds == "IHDR acTL fcTL IDAT fcTL fdAT fcTL fdAT IEND".split()
+    assert struct.unpack(">2I", chunks[1][1])[0] == 3
+    numbered = [body for kind, body in chunks if kind in ("fcTL", "fdAT")]
+    assert [struct.unpack(">I", body[:4])[0] for body in numbered] == [0, 1, 2, 3, 4]
+    assert struct.unpack(">2H", chunks[2][1][20:24]) == (1, 15)  # seconds a frame
+    for body, frame in zip((chunks[3][1], chunks[5][1][4:], chunks[7][1][4:]), film):
+        assert np.array_equal(pixels(body, 4, 6), frame)
+
+
+def test_the_picture_of_a_save_shows_real_frames_above_their_dream(run_folder):
+    chunks = dict(png_chunks(run_folder / "dream-000064.png"))
+    width, height = struct.unpack(">2I", chunks["IHDR"][:8])
+    assert (height, width) == (2 * 3 * 66, 2 * (100 + 16 * 66))
+    picture = pixels(chunks["IDAT"], height, width)[::2, ::2]
+    replay = [np.load(path)["frame"] for path in sorted(run_folder.glob("replay-*.npz"))]
+    frames = [frame.tobytes() for frame in np.concatenate(replay)]
+    shown = [picture[1:65, 101 + 66 * i : 165 + 66 * i].tobytes() for i in range(16)]
+    assert any(frames[i : i + 16] == shown for i in range(len(frames)))
+
+
+def test_watch_films_an_episode(run_folder, capsys):
+    assert drama.main(["--watch", str(run_folder)]) == 0
+    (film,) = run_folder.glob("watch*.png")
+    chunks = list(png_chunks(film))
+    seed = drama.episode_seeds(0, 1, "test")[0]
+    length = FakeGame.episode_length(seed)
+    assert struct.unpack(">2I", chunks[1][1])[0] == length + 1
+    assert struct.unpack(">2I", chunks[0][1][:8]) == (160, 210)
+
+
+# ---------------------------------------------------------------- the files themselves
+
+
+def imports(name):
+    found = set()
+    for node in ast.walk(ast.parse((HERE / name).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_imports_run_one_way():
+    ours = {"scan", "buffer", "agent", "drama"}
+    assert not imports("scan.py") & ours and not imports("buffer.py") & ours
+    assert imports("agent.py") & ours == {"scan"}
+    assert imports("drama.py") & ours == {"agent", "buffer"}
+    assert not any(name.startswith("torch.nn") for name in imports("buffer.py"))
+    assert "nn." not in (HERE / "buffer.py").read_text()
+
+
+def test_scan_knows_nothing_of_reinforcement_learning():
+    words = r"\b(reward|agent|actor|critic|episode|polic(y|ies)|game)s?\b"
+    assert not re.findall(words, (HERE / "scan.py").read_text(), re.I)
+
+
+def test_importing_has_no_effect(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import drama, scan"
+    done = subprocess.run([sys.executable, "-Bc", code], cwd=tmp_path, capture_output=True,
+                          text=True)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- Macs, without one
+
+
+def native_functions():
+    """Operator -> (dispatch keys, operator it rests on), from the list inside the torch wheel."""
+    text = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    table = {}
+    for entry in re.split(r"^- func: ", text.read_text(), flags=re.M)[1:]:
+        name = entry[: entry.index("(")]
+        delegate = re.search(r"^  structured_delegate: (\S+)", entry, re.M)
+        dispatch = re.search(r"^  dispatch:\n((?:    .*\n|\s*#.*\n)+)", entry, re.M)
+        lines = re.findall(r"^    ([\w, ]+):", dispatch[1], re.M) if dispatch else []
+        keys = {key for line in lines for key in re.split(r"\s*,\s*", line)}
+        if not dispatch and not delegate:
+            keys = {"CompositeImplicitAutograd"}  # what no entry means
+        table[name] = keys, delegate and delegate[1]
+        generated = re.search(r"^  autogen: (.*)", entry, re.M)
+        for other in re.split(r"\s*,\s*", generated[1].strip()) if generated else []:
+            table[other] = set(), name
+    return table
+
+
+def runs_on_mps(name, table):
+    keys, base = table.get(name, (set(), None))
+    return "MPS" in keys or any(key.startswith("Composite") for key in keys) or (
+        base is not None and runs_on_mps(base, table))  # fmt: skip
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that run, and of those that touch a float64 tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.doubles = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        overload = func._schema.overload_name
+        name = func._schema.name.split("::")[1] + (f".{overload}" if overload else "")
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if tensors:  # the profiler's marks have none
+            self.operators.add(name)
+        if any(x.dtype == torch.float64 for x in tensors):
+            self.doubles.add(name)
+        return out
+
+
+STEPS = {
+    "debug": "",
+    "paper": "--preset paper --dream-from contexts --context 4 --optimizer laprop "
+             "--channels 4,4,4,8,8 --strides 1,2,2,2,2 --groups 4 --classes 4 --d-model 32 "
+             "--head-dim 16 --precision float32",
+    "mamba": "--backbone mamba --precision bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_operator_of_a_training_step_exists_on_MPS(name, fake, tmp_path):
+    recorder, train = Recorder(), drama.train
+
+    def recorded(run, folder):
+        with recorder:
+            train(run, folder)
+
+    fake.setattr(drama, "train", recorded)
+    assert command(tmp_path / "run", "--steps", "34", *STEPS[name].split()) == 0
+    table = native_functions()
+    missing = {op for op in recorder.operators if not runs_on_mps(op, table)}
+    assert len(recorder.operators) > 60 and {"convolution", "cumsum"} <= recorder.operators
+    assert not missing, sorted(missing)
+    assert not recorder.doubles
+
+
+def test_the_list_of_MPS_kernels_can_say_no():
+    table = native_functions()
+    assert runs_on_mps("add.Tensor", table) and runs_on_mps("_foreach_mul_.Scalar", table)
+    assert not runs_on_mps("geqrf", table) and not runs_on_mps("no_such_operator", table)
