@@ -125,7 +125,7 @@ class TransposedConv(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         (stride, _), (padding, _), (kernel, _) = self.stride, self.padding, self.kernel_size
-        # Pixel a of output position i takes, from input position i + m, weight tap a + before - stride m
+        # Pixel a of position i takes tap a + before - stride m of the input at position i + m
         reach = max(stride - 1 + padding, kernel - 1 - padding) // stride  # |m| at most
         taps = 2 * reach + 1
         before = stride * reach - padding
@@ -241,7 +241,7 @@ class WorldModel(nn.Module):
                  groups: int, classes: int, d_model: int, layers: int, backbone: str,
                  d_state: int, head_dim: int, dropout: float, head_hidden: int, unimix: float,
                  free_nats: float, representation_scale: float, balance: bool,
-                 event_weights: bool, size: int = 64):  # fmt: skip
+                 event_weights: bool, size: int = 64):
         super().__init__()
         self.actions, self.groups, self.classes = actions, groups, classes
         self.unimix, self.free_nats = unimix, free_nats
@@ -251,7 +251,7 @@ class WorldModel(nn.Module):
         self.posterior_head = nn.Linear(channels[-1] * side * side, d_latent)
         self.decoder = decoder(d_latent, channels, strides, kernel, side)
         self.sequence = SequenceModel(d_latent + actions, d_model, layers=layers, dropout=dropout,
-                                      backbone=backbone, d_state=d_state, head_dim=head_dim)  # fmt: skip
+                                      backbone=backbone, d_state=d_state, head_dim=head_dim)
         self.prior_head = nn.Linear(d_model, d_latent)
         self.two_hot = TwoHot()
         self.reward_head = mlp(d_model, head_hidden, 1, len(self.two_hot.bins))
@@ -260,7 +260,7 @@ class WorldModel(nn.Module):
         TwoHot.initialise(self.reward_head[-1])
         self.balance = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(())) for name in ("image", "reward", "latent")}
-            if balance else {})  # fmt: skip
+            if balance else {})
 
     def images(self, frame: Tensor) -> Tensor:
         """uint8 frames (..., size, size, 3) -> (prod(...), 3, size, size) in [0, 1]."""
@@ -451,7 +451,7 @@ class ActorCritic(nn.Module):
     def __init__(self, actions: int, *, groups: int, classes: int, d_model: int,
                  actor_hidden: int, critic_hidden: int, layers: int, gamma: float,
                  lambda_: float, entropy: float, floor: float, slow_decay: float,
-                 range_decay: float):  # fmt: skip
+                 range_decay: float):
         super().__init__()
         self.classes = classes
         self.gamma, self.lambda_ = gamma, lambda_
@@ -541,7 +541,7 @@ class Player:
     """
 
     def __init__(self, model: WorldModel, agent: ActorCritic, games: int, context: int,
-                 act_on: str = "posterior"):  # fmt: skip
+                 act_on: str = "posterior"):
         self.model, self.agent, self.act_on = model, agent, act_on
         self.half = max(1, context // 2)
         self.state = model.sequence.initial_state(games)
@@ -557,7 +557,8 @@ class Player:
         if self.act_on == "prior":
             seen = torch.where(first[:, None], z, sample(self.model.prior(d)))
         action = self.agent.act(seen, d)
-        self.d, self.state = self.model.sequence.step(self.model.token(z, action), self.state, first)
+        token = self.model.token(z, action)
+        self.d, self.state = self.model.sequence.step(token, self.state, first)
         self.history.append((z, action, first))
         self.age += 1
         if self.age == 2 * self.half:
@@ -570,13 +571,14 @@ class Player:
         """All that the next action depends on beside the weights."""
         history = [torch.stack(column) for column in zip(*self.history)]
         return dict(state=[tuple(layer) for layer in self.state], d=self.d,
-                    history=history, age=self.age)  # fmt: skip
+                    history=history, age=self.age)
 
     def load_state_dict(self, saved: dict):
-        self.state = tuple(State(*(part.to(self.d.device) for part in layer)) for layer in saved["state"])
-        self.d, self.age = saved["d"].to(self.d.device), saved["age"]
+        device = self.d.device
+        self.state = tuple(State(*(part.to(device) for part in layer)) for layer in saved["state"])
+        self.d, self.age = saved["d"].to(device), saved["age"]
         self.history.clear()
-        self.history.extend(zip(*(column.to(self.d.device) for column in saved["history"])))
+        self.history.extend(zip(*(column.to(device) for column in saved["history"])))
 
 
 # ---------------------------------------------------------------- optimisers

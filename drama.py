@@ -79,7 +79,8 @@ class Settings:
     """
 
     # The run
-    preset: str = setting("paper", "settings to start from", choices=("paper", "best", "laptop", "debug"))
+    preset: str = setting("paper", "settings to start from",
+                          choices=("paper", "best", "laptop", "debug"))
     game: str = setting("Breakout", "game, in any usual spelling")
     seed: int = setting(0, "seed of the game, of the first actions and of all else", low=0)
     steps: int = setting(100_000, "length of the run, agent steps of 4 frames (Atari 100k)")
@@ -87,15 +88,16 @@ class Settings:
     threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0)
     precision: str = setting("auto", "of large products; auto: bfloat16 where the hardware has it",
                              choices=("auto", "float32", "bfloat16"))
-    replay_device: str = setting("auto", "where frames are kept; auto: where it learns", choices=DEVICES)
+    replay_device: str = setting("auto", "where frames are kept; auto: as device", choices=DEVICES)
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
     eval_episodes: int = setting(20, "episodes of an evaluation, side by side")
     warmup: int = setting(1032, "random steps before the first update (paper)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
-    sampling: str = setting("dfs", "by frequency (paper, 2.4), or its ablation", choices=("dfs", "uniform"))
-    tau: float = setting(10.0, "temperature of dfs, draws (code); less if fewer are drawn a step", low=0.01)
+    sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)",
+                            choices=("dfs", "uniform"))
+    tau: float = setting(10.0, "temperature of dfs, draws (code): 10 at 16 draws a step", low=0.01)
     batch: int = setting(16, "windows of a world-model update (paper)")
     length: int = setting(128, "steps of such a window (paper)", low=2)
     # World model
@@ -115,10 +117,10 @@ class Settings:
     free_nats: float = setting(1.0, "KL of a step that costs nothing, nats (paper, eq. 7)")
     representation_scale: float = setting(0.1, "weight of L_rep (paper, eq. 6)")
     balance: bool = setting(False, "learn the weights of the model's losses (H)")
-    event_weights: bool = setting(False, "halve the image loss of still pixels when few move (ours)")
+    event_weights: bool = setting(False, "halve the image loss of still pixels if few move (ours)")
     # Dreams
-    dream_from: str = setting("contexts", "start dreams after windows of their own (paper), or in the "
-                              "model's batch (ours)", choices=("contexts", "batch"))
+    dream_from: str = setting("contexts", "dreams begin after windows of their own (paper), or in "
+                              "the model's batch (ours)", choices=("contexts", "batch"))
     dreams: int = setting(1024, "dreams an update (paper)")
     context: int = setting(8, "frames of a context, for --dream-from contexts (paper)", low=2)
     horizon: int = setting(16, "steps of a dream (paper)")
@@ -136,11 +138,22 @@ class Settings:
     optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
     model_rate: float = setting(4e-5, "learning rate of the world model (code)")
     agent_rate: float = setting(4e-5, "learning rate of actor and critic (code)")
-    balance_rate: float = setting(1e-4, "learning rate of the loss weights, about 10 / updates (ours)")
+    balance_rate: float = setting(1e-4, "learning rate of the loss weights: about 10 / updates (H)")
     warmup_updates: int = setting(1000, "updates over which the rates rise from 0 (code)")
     eps: float = setting(1e-20, "epsilon of the optimiser (code)")
     model_clip: float = setting(1000.0, "largest gradient norm of the world model (paper)")
     agent_clip: float = setting(100.0, "largest gradient norm of actor and critic (paper)")
+
+    @property
+    def temperature(self) -> float:
+        """Of sampling: without end, it is uniform."""
+        return self.tau if self.sampling == "dfs" else math.inf
+
+    @property
+    def replayed(self) -> int:
+        """Frames taken from the replay in an update."""
+        contexts = self.dreams * self.context if self.dream_from == "contexts" else 0
+        return self.batch * self.length + contexts
 
 
 OURS = dict(balance=True, event_weights=True, floor=0.01, entropy=1e-3, dream_from="batch")
@@ -186,8 +199,8 @@ def check(s: Settings):
     if s.dream_from == "contexts":
         windows["--dreams"] = s.dreams, s.context
     elif s.batch * s.length % s.dreams or s.length % (s.batch * s.length // s.dreams):
-        raise Mistake(f"--dreams {s.dreams} cannot be spread evenly over --batch {s.batch} windows of "
-                      f"--length {s.length}: choose them so that every window gives equally many.")
+        raise Mistake(f"--dreams {s.dreams} cannot be spread evenly over --batch {s.batch} windows "
+                      f"of --length {s.length}: every window must give equally many.")
     for name, (count, length) in windows.items():
         if count > s.warmup - length + 1:
             raise Mistake(f"{name} {count} asks for more windows of {length} steps than --warmup "
@@ -205,21 +218,6 @@ def check(s: Settings):
 # ---------------------------------------------------------------- the game
 
 
-def game_id(name: str) -> str:
-    """The ROM's name for any usual spelling: MsPacman, ms_pacman, ALE/MsPacman-v5 -> ms_pacman."""
-
-    def plain(text):
-        return re.sub("[^a-z0-9]", "", text.lower())
-
-    known = {plain(rom): rom for rom in ale_py.roms.get_all_rom_ids()}
-    wanted = plain(re.sub(r"^ALE/|(Deterministic|NoFrameskip)?-v\d+$", "", name))
-    if wanted not in known:
-        near = [game_title(known[key]) for key in difflib.get_close_matches(wanted, known, 3, 0.5)]
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise Mistake(f"there is no game {name!r}: {hint}--list-games lists them all.")
-    return known[wanted]
-
-
 def game_title(rom: str) -> str:
     """ms_pacman -> MsPacman, the spelling of the score tables."""
     return "".join(word.capitalize() for word in rom.split("_"))
@@ -228,24 +226,45 @@ def game_title(rom: str) -> str:
 class Game:
     """`copies` of an Atari game side by side; the only place that knows Atari.
 
-    A frame pools the last two of the four that an action is held for, reduced to 64 x 64 in
-    colour. Up to 30 no-ops open an episode, or the game would be one fixed film. No sticky
+    A frame pools the last two of the four that an action is held for (D12), reduced to 64 x 64
+    in colour. Up to 30 no-ops open an episode, or the game would be one fixed film. No sticky
     actions, no clipped rewards. Losing a life is terminal, for learning, but ends no episode.
     """
 
-    def __init__(self, name: str, copies: int = 1, height: int = 64, width: int = 64):
+    @staticmethod
+    def names() -> dict[str, str]:
+        """Title -> ROM: MsPacman -> ms_pacman."""
+        return {game_title(rom): rom for rom in sorted(ale_py.roms.get_all_rom_ids())}
+
+    @classmethod
+    def named(cls, text: str) -> str:
+        """The title for any usual spelling: ms_pacman, ALE/MsPacman-v5, MsPacmanNoFrameskip-v4."""
+
+        def plain(name):
+            return re.sub("[^a-z0-9]", "", name.lower())
+
+        titles = {plain(title): title for title in cls.names()}
+        wanted = plain(re.sub(r"^ALE/|(Deterministic|NoFrameskip)?-v\d+$", "", text))
+        if wanted not in titles:
+            near = [titles[name] for name in difflib.get_close_matches(wanted, titles, 3, 0.5)]
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise Mistake(f"there is no game {text!r}: {hint}--list-games lists them all.")
+        return titles[wanted]
+
+    def __init__(self, title: str, copies: int = 1, height: int = 64, width: int = 64):
+        self.rom = self.names()[title]
         self.env = AtariVectorEnv(
-            game_id(name), copies, img_height=height, img_width=width, grayscale=False,
-            stack_num=1, frameskip=4, maxpool=True, noop_max=30, episodic_life=False,
-            life_loss_info=False, reward_clipping=False, use_fire_reset=False,
-            repeat_action_probability=0.0, full_action_space=False,
-            max_num_frames_per_episode=108_000)
+            self.rom, copies, num_threads=min(copies, os.cpu_count()), img_height=height,
+            img_width=width, grayscale=False, stack_num=1, frameskip=4, maxpool=True, noop_max=30,
+            episodic_life=False, life_loss_info=False, reward_clipping=False,
+            use_fire_reset=False, repeat_action_probability=0.0, full_action_space=False,
+            continuous=False, autoreset_mode="NextStep", max_num_frames_per_episode=108_000)
         self.actions = int(self.env.single_action_space.n)
 
     def reset(self, seeds: np.ndarray) -> np.ndarray:
         """Start every copy afresh, by its seed -> frames (copies, height, width, 3) uint8."""
         frames, info = self.env.reset(seed=np.asarray(seeds, np.int64))
-        self.lives = info["lives"]
+        self.lives, self.opening = info["lives"], info
         return frames[:, 0]
 
     def step(self, actions: np.ndarray):
@@ -254,12 +273,33 @@ class Game:
         Call `reset` when done: it is the reset frame that opens the next episode (D5).
         """
         actions = np.asarray(actions, np.int64)
-        if actions.min() < 0 or actions.max() >= self.actions:
+        if actions.min() < 0 or actions.max() >= self.actions:  # the emulator would hang
             raise ValueError(f"actions are 0 to {self.actions - 1}, not {actions}")
         frames, reward, terminated, truncated, info = self.env.step(actions)
         terminal = terminated | (info["lives"] < self.lives)  # every step (D13); gains mean nothing
         self.lives = info["lives"]
         return frames[:, 0], reward, terminal, terminated | truncated
+
+    def window(self):
+        """Show the first copy, just reset, in ale-py's own window -> what to call with each action.
+
+        A second emulator plays the same no-ops and actions, and so the same game.
+        """
+        ale = ale_py.ALEInterface()
+        ale.setBool("display_screen", True)
+        ale.setFloat("repeat_action_probability", 0.0)
+        ale.loadROM(ale_py.roms.get_rom_path(self.rom))
+        ale.reset_game()
+        for _ in range(self.opening["episode_frame_number"][0]):  # no-ops so far
+            ale.act(ale_py.Action.NOOP)
+        actions = ale.getMinimalActionSet()
+
+        def act(action: int) -> np.ndarray:
+            for _ in range(4):
+                ale.act(actions[action])
+            return ale.getScreenRGB()
+
+        return act
 
 
 # ---------------------------------------------------------------- a run
@@ -312,10 +352,12 @@ def fast_precision(device: torch.device) -> str:
         return "float32"
     times = {}
     for precision in ("float32", "bfloat16"):
-        matrix = torch.ones(1024, 1024, dtype=getattr(torch, precision))
-        clock = [time.perf_counter() for _ in range(6) if matrix.mm(matrix) is not None]
+        matrix, clock = torch.ones(1024, 1024, dtype=getattr(torch, precision)), []
+        for _ in range(6):
+            matrix.mm(matrix)
+            clock.append(time.perf_counter())
         times[precision] = min(np.diff(clock))
-    return min(times, key=times.get)
+    return "bfloat16" if 1.2 * times["bfloat16"] < times["float32"] else "float32"
 
 
 def keep_freed_memory():
@@ -368,8 +410,8 @@ class Run:
         where = device if s.replay_device == "auto" else pick_device(s.replay_device)[0]
         need, have = Replay.bytes_needed(s.steps), memory_of(where)
         if need > 0.9 * have:
-            raise Mistake(f"the replay of --steps {s.steps} takes {need / 2**30:.1f} GiB and {where} "
-                          f"has {have / 2**30:.1f}: ask for fewer steps, or try --replay-device cpu.")
+            raise Mistake(f"the replay of --steps {s.steps} takes {need / 2**30:.1f} GiB, and {where} "
+                          f"has {have / 2**30:.1f}: ask for fewer, or try --replay-device cpu.")
         self.settings, self.device = s, device
         self.replay = Replay(s.steps, device=where)
         self.game = Game(s.game)
@@ -409,7 +451,7 @@ def optimise(module, optimizer, loss, clip: float, progress: float, buffers: lis
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
-    finite = bool(torch.isfinite(loss.detach() + norm))  # the update's one wait for the device
+    finite = bool(torch.isfinite(loss.detach() + norm))  # the one wait for the device
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * progress
@@ -457,7 +499,6 @@ def learn_to_act(run: Run, dream: Dream, progress: float):
 def train(run: Run, folder: "Folder"):
     """Drama's training loop (paper, algorithm 1), from run.step to the end."""
     s, device, replay = run.settings, run.device, run.replay
-    tau = s.tau if s.sampling == "dfs" else math.inf
     clock = saved = time.monotonic()
     with training_bar(run) as bar:
         while run.step < s.steps:
@@ -467,7 +508,7 @@ def train(run: Run, folder: "Folder"):
             rng = randomness(s.seed, step, "play")
             if step < s.warmup:
                 action = int(rng.integers(run.game.actions))
-            else:
+            else:  # in float32: casting the weights for one frame would cost more than it saves
                 run.player = run.player or make_player(s, run.model, run.agent)
                 seen = torch.from_numpy(run.frame).to(device), torch.tensor([first], device=device)
                 action = int(run.player.act(*seen))
@@ -487,7 +528,7 @@ def train(run: Run, folder: "Folder"):
 
                 # ---- 2. Learn the world, from windows of the replay
                 rng = randomness(s.seed, step, "windows")
-                starts = replay.training_windows(s.batch, s.length, tau, rng)
+                starts = replay.training_windows(s.batch, s.length, s.temperature, rng)
                 batch = replay.windows(starts, s.length, device)
                 randomness(s.seed, step, "model")
                 z, metrics, learnt = learn_world(run, batch, progress)
@@ -495,7 +536,8 @@ def train(run: Run, folder: "Folder"):
                 # ---- 3. Learn in the dream
                 rng = randomness(s.seed, step, "contexts")
                 if s.dream_from == "contexts":
-                    starts = replay.dreaming_windows(s.dreams, s.context, tau, rng, s.dreams / s.batch)
+                    starts = replay.dreaming_windows(s.dreams, s.context, s.temperature, rng,
+                                                     s.dreams / s.batch)
                     batch = replay.windows(starts, s.context, device)
                 randomness(s.seed, step, "dream")
                 more, improved = learn_to_act(run, dream_on(run, batch, z), progress)
@@ -506,7 +548,7 @@ def train(run: Run, folder: "Folder"):
             bar.update()
             now = time.monotonic()
             run.seconds, clock = run.seconds + now - clock, now
-            if run.counted == s.log_every:
+            if run.counted == s.log_every or run.counted and run.step == s.steps:
                 log_metrics(run, folder, bar)
             if run.step == s.warmup:
                 start_learning(bar, run)
@@ -526,7 +568,8 @@ def show_progress(**options) -> tqdm:
 
 
 def training_bar(run: Run) -> tqdm:
-    bar = show_progress(desc="random play", initial=run.step, total=run.settings.warmup, smoothing=0)
+    total = run.settings.warmup
+    bar = show_progress(desc="random play", initial=run.step, total=total, smoothing=0)
     if run.step >= run.settings.warmup:
         start_learning(bar, run)
     return bar
@@ -566,11 +609,10 @@ def log_metrics(run: Run, folder: "Folder", bar: tqdm):
     s = run.settings
     means = dict(zip(run.sums["names"], (run.sums["values"] / run.counted).tolist()))
     pace = (bar.n - bar.initial) / max(time.time() - bar.start_t, 1e-9)
-    frames = s.batch * s.length + s.dreams * s.horizon
-    frames += s.dreams * s.context if s.dream_from == "contexts" else 0
     folder.append(run, "metrics", dict(
         step=run.step, updates=run.updates, skipped=run.skipped, **means, steps_per_second=pace,
-        frames_per_second=pace * frames / s.train_every, seconds=run.seconds))
+        frames_per_second=pace * (s.replayed + s.dreams * s.horizon) / s.train_every,
+        seconds=run.seconds))
     bar.set_postfix_str(f"model {means['model_loss']:.1f}, return {means['dream_return']:.2f}, "
                         f"entropy {means['entropy']:.2f}", refresh=False)
     run.sums, run.counted = {}, 0
@@ -612,14 +654,14 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
         return result
 
     def sample():
-        starts = run.replay.training_windows(s.batch, s.length, tau, rng)
+        starts = run.replay.training_windows(s.batch, s.length, s.temperature, rng)
         batch = contexts = run.replay.windows(starts, s.length, device)
         if s.dream_from == "contexts":
-            starts = run.replay.dreaming_windows(s.dreams, s.context, tau, rng, s.dreams / s.batch)
+            starts = run.replay.dreaming_windows(s.dreams, s.context, s.temperature, rng,
+                                                 s.dreams / s.batch)
             contexts = run.replay.windows(starts, s.context, device)
         return batch, contexts
 
-    tau = s.tau if s.sampling == "dfs" else math.inf
     while run.step < s.steps:  # a full replay: random play, repeated
         if run.step < s.warmup:
             action = rng.integers(run.game.actions, size=1)
@@ -643,7 +685,8 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
     median = {name: float(np.median(each)) for name, each in times.items()}
     peak = work["large product"] / median["large product"]
     parts = ("replay sampling", "model update", "dream", "agent update")
-    median["whole update"], work["whole update"] = (sum(d[k] for k in parts) for d in (median, work))
+    for figures in (median, work):
+        figures["whole update"] = sum(figures[part] for part in parts)
     print(f"{s.preset} on {device}, {s.precision}, {torch.get_num_threads()} threads, a replay of "
           f"{s.steps:,} steps; medians of {repeats}\n"
           f"{'phase':<16}{'ms':>10}{'GFLOP':>10}{'GFLOP/s':>10}{'of product':>12}")
@@ -653,8 +696,7 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
               f"{rate / peak:>11.0%}")
     updates, update = (s.steps - s.warmup) / s.train_every, median["whole update"]
     hours = (s.steps * (median["play"] + median["emulator"]) + updates * update) / 3600
-    contexts = s.dreams * s.context if s.dream_from == "contexts" else 0
-    print(f"{(s.batch * s.length + contexts) / update:,.0f} frames replayed and "
+    print(f"{s.replayed / update:,.0f} frames replayed and "
           f"{s.dreams * s.horizon / update:,.0f} dreamed a second; {s.steps:,} steps take "
           f"{hours:.1f} hours; peak memory {peak_memory(device) / 2**30:.2f} GiB")
 
@@ -718,7 +760,8 @@ def evaluate(s: Settings, player: Player, device) -> list[float]:
                 score += np.where(over, 0, reward)
                 over |= done
                 first = torch.zeros_like(first)
-                bar.set_postfix_str(f"{over.sum()} of {copies} over, mean {score.mean():.1f}", False)
+                text = f"{over.sum()} of {copies} over, mean so far {score.mean():.1f}"
+                bar.set_postfix_str(text, refresh=False)
                 bar.update()
         except KeyboardInterrupt:
             print(f"ended early: {over.sum()} of {copies} episodes were over, and only they count")
@@ -730,7 +773,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, device, path: 
     scores = evaluate(s, player, device)
     rows = state["logs"]["episodes"].splitlines()[1:]
     last = [float(row.split(",")[1]) for row in rows[-5:]]
-    table = {"game": s.game, "steps trained": state["step"], "actor sees": f"{player.act_on} latent",
+    table = {"game": s.game, "steps trained": state["step"],
+             "actor sees": f"{player.act_on} latent",
              "episodes": f"{len(scores)} of {s.eval_episodes} begun, sampled actions"}
     if scores:
         table["final score"] = f"{np.mean(scores):.1f}, spread {np.std(scores):.1f}"
@@ -750,22 +794,34 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, device, path: 
         write_file(path, json.dumps(result, indent=1).encode())
 
 
+FILM_SPEED = 15  # steps a second: the console drew 60 frames
+
+
 def watch(s: Settings, player: Player, device, path: Path, limit: int = 2000):
-    """Film an episode in full size: the same game, seed and actions in a second, larger Game."""
-    small, large, seeds = Game(s.game), Game(s.game, height=210, width=160), episode_seeds(s.seed, 1, "test")
+    """Film an episode in full size: the same game, seed and actions in a second, larger Game.
+
+    Where there is a display it is also shown in a window, as fast as a human would play.
+    """
+    small, large = Game(s.game), Game(s.game, height=210, width=160)
+    seeds = episode_seeds(s.seed, 1, "test")
     frame, film, score = small.reset(seeds), [large.reset(seeds)[0]], 0.0
+    display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
+    show = small.window() if display and hasattr(small, "window") else None
     with show_progress(desc="playing", total=limit) as bar:
         while len(film) <= limit:
             randomness(s.seed, len(film), "test")
-            first = torch.tensor([len(film) == 1], device=device)
+            first, start = torch.tensor([len(film) == 1], device=device), time.monotonic()
             action = player.act(torch.from_numpy(frame).to(device), first).cpu().numpy()
             frame, reward, _, done = small.step(action)
             film.append(large.step(action)[0][0])
             score += float(reward[0])
+            if show:
+                show(action[0])
+                time.sleep(max(0, 1 / FILM_SPEED - (time.monotonic() - start)))
             bar.update()
             if done[0]:
                 break
-    write_png(path, film, per_second=15)
+    write_png(path, film, per_second=FILM_SPEED)
     span = "the episode" if done[0] else f"its first {limit} steps"
     print(f"score {score:g} in {span}: {path} is an animated PNG, which any browser shows")
 
@@ -897,8 +953,8 @@ class Folder:
             others = sorted(p.name for p in self.path.iterdir()
                             if not re.fullmatch(r"lock|state-.*|.*\.tmp", p.name))
             if others:
-                raise Mistake(f"{self.path} holds other things ({', '.join(others[:3])}) and no run: "
-                              "give --run an empty or a new folder.")
+                raise Mistake(f"{self.path} holds other things ({', '.join(others[:3])}) and no "
+                              "run: give --run an empty or a new folder.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / "lock", "a")
@@ -1089,8 +1145,8 @@ def make_parser() -> Parser:
     parser.add_argument("--run", metavar="DIR", help="run folder (runs/GAME-sSEED)")
     parser.add_argument("--eval", metavar="RUN", help="play full episodes with a run's agent")
     parser.add_argument("--watch", metavar="RUN", help="film an episode of a run's agent")
-    parser.add_argument("--act-on", choices=("posterior", "prior"), help="for --eval and --watch: the "
-                        "actor sees the frame or, as in the published code, a guess at it")
+    parser.add_argument("--act-on", choices=("posterior", "prior"), help="for --eval and --watch: "
+                        "the actor sees the frame or, as in the published code, a guess at it")
     parser.add_argument("--bench", action="store_true", help="time every phase and leave")
     parser.add_argument("--list-games", action="store_true", help="list the games")
     group = parser.add_argument_group("settings, with the values of the preset paper")
@@ -1121,6 +1177,9 @@ def parse_arguments(argv: list[str]) -> dict:
 
 def settings_of(manifest: dict) -> Settings:
     saved = manifest["settings"]
+    if unknown := set(saved) - {f.name for f in fields(Settings)}:
+        raise Mistake(f"the run was made with {flag(min(unknown))}, which this version does not "
+                      "have: go on with the version that made it.")
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
@@ -1131,22 +1190,22 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     s = Settings(**(PRESETS.get(flags["preset"], {}) | flags))
     check(s)
     if s.dream_from == "batch" and "context" in flags:
-        raise Mistake("--context belongs to --dream-from contexts: dreams from the batch have none.")
+        raise Mistake("--context belongs to --dream-from contexts: other dreams have none.")
     precision = fast_precision(device) if s.precision == "auto" else s.precision
-    return replace(s, game=game_title(game_id(s.game)), precision=precision), device, why
+    return replace(s, game=Game.named(s.game), precision=precision), device, why
 
 
 def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
     """The run's own settings; a flag must agree with them, but for the few that may change."""
     s = settings_of(manifest)
     if "game" in flags:
-        flags["game"] = game_title(game_id(flags["game"]))
+        flags["game"] = Game.named(flags["game"])
     if flags.get("precision") == "auto":  # what that came to was settled when the run began
         del flags["precision"]
     for name, value in flags.items():
         if name not in MAY_CHANGE and value != getattr(s, name):
-            raise Mistake(f"{path} holds a run with {flag(name)} {getattr(s, name)}, not {value}: leave "
-                          "the flag out to go on with it, or give another folder with --run.")
+            raise Mistake(f"{path} holds a run with {flag(name)} {getattr(s, name)}, not {value}: "
+                          "leave the flag out to go on with it, or give another folder with --run.")
     if flags.get("steps", s.steps) < s.steps:
         raise Mistake(f"{path} holds a run of {s.steps} steps: --steps can only grow.")
     threads = manifest["threads"]  # their number changes the last bits of sums
@@ -1192,10 +1251,11 @@ def stoppable(folder: Folder):
 
 
 def train_command(flags: dict):
-    title = game_title(game_id(flags.get("game", Settings.game)))
+    title = Game.named(flags.get("game", Settings.game))
     folder = Folder(Path(flags.pop("run", f"runs/{title}-s{flags.get('seed', 0)}")))
     resuming = bool(folder.manifests())
     if resuming:
+        folder.open_for_writing()
         manifest, state, chunks = folder.load()
         s = resumed_settings(flags, manifest, folder.path)
         device, why = pick_device(s.device)
@@ -1204,7 +1264,6 @@ def train_command(flags: dict):
     if s.threads:
         torch.set_num_threads(s.threads)
     run = Run(s, device)
-    folder.open_for_writing()
     if resuming:
         restore(run, state, chunks)
         folder.chunks = {name: manifest["files"][name] for name in chunks}
@@ -1212,12 +1271,13 @@ def train_command(flags: dict):
         for name, text in run.logs.items():  # rows newer than the save will come again
             write_file(folder.path / f"{name}.csv", text.encode())
     else:
+        folder.open_for_writing()
         folder.save(run)
     introduce(run, why, folder.path)
     with stoppable(folder):
         train(run, folder)
     result = folder.path / f"evaluation-{run.step:06d}.json"
-    if not result.exists():
+    if not result.exists() or "eval_episodes" in flags:
         player = make_player(s, run.model, run.agent, s.eval_episodes)
         evaluate_and_report(s, player, state_of(run), device, result)
 
@@ -1246,10 +1306,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         flags = parse_arguments(sys.argv[1:] if argv is None else argv)
         if "list_games" in flags:
-            print("\n".join(sorted(map(game_title, ale_py.roms.get_all_rom_ids()))))
+            print("\n".join(Game.names()))
         elif "eval" in flags or "watch" in flags:
             play_command(flags, "eval" if "eval" in flags else "watch")
         elif flags.pop("bench", False):
+            if wrong := {"run", "act_on"} & set(flags):
+                raise Mistake(f"--bench makes no run: leave out {flag(wrong.pop())}.")
             s, device, _ = new_settings(flags)
             torch.set_num_threads(s.threads or torch.get_num_threads())
             bench(s, device)

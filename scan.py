@@ -450,6 +450,11 @@ def initial_step_bias(count):
 
 
 class Mamba(nn.Module):
+    """Selective scan S6 between two gates. `layers` is how many are stacked.
+
+    Source: Gu and Dao (2023), figure 3; parameters as in their reference implementation.
+    """
+
     def __init__(self, d_model, layers=1, *, d_state=16, d_conv=4, expand=2):
         super().__init__()
         width, rank = expand * d_model, math.ceil(d_model / 16)
@@ -472,7 +477,7 @@ class Mamba(nn.Module):
         return State(zeros((batch, channels, d_conv - 1)), zeros((batch, *self.A_log.shape)))
 
     def forward(self, u, state=None, reset=None):
-        """u (B, L, d_model) -> y (B, L, d_model), state"""
+        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
         before = self.initial_state(len(u)) if state is None else state
         x, z = self.in_proj(u).chunk(2, -1)  # (B, L, W)
         x, conv = causal_conv(x, self.conv1d, before.conv, reset)  # (B, L, W)
@@ -480,7 +485,7 @@ class Mamba(nn.Module):
         return self.out_proj(y * F.silu(z)), State(conv, scan)
 
     def step(self, u_t, state, reset=None):
-        """u_t (B, d_model) -> y_t (B, d_model), state"""
+        """u_t (B, d_model), reset (B) -> y_t (B, d_model), state"""
         x, z = self.in_proj(u_t).chunk(2, -1)  # (B, W)
         x, conv = causal_conv_step(x, self.conv1d, state.conv, reset)  # (B, W)
         reset = None if reset is None else reset[:, None]
@@ -494,6 +499,12 @@ class Mamba(nn.Module):
 
 
 class Mamba2(nn.Module):
+    """The same around SSD: all inputs of the scan come from one projection, and the gated output
+    is normalised. Raises ValueError if head_dim does not divide the width.
+
+    Source: Dao and Gu (2024), figure 6; parameters as in their reference implementation.
+    """
+
     def __init__(self, d_model, layers=1, *, d_state=16, d_conv=4, expand=2, head_dim=64):
         super().__init__()
         width = expand * d_model
@@ -519,7 +530,7 @@ class Mamba2(nn.Module):
         return State(zeros((batch, channels, d_conv - 1)), zeros((batch, heads, self.head_dim, N)))
 
     def forward(self, u, state=None, reset=None):
-        """u (B, L, d_model) -> y (B, L, d_model), state"""
+        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
         before = self.initial_state(len(u)) if state is None else state
         z, xBC, dt = self.projections(u)  # (B, L, W), (B, L, W + 2 N), (B, L, H)
         xBC, conv = causal_conv(xBC, self.conv1d, before.conv, reset)  # (B, L, W + 2 N)
@@ -527,7 +538,7 @@ class Mamba2(nn.Module):
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z))), State(conv, scan)
 
     def step(self, u_t, state, reset=None):
-        """u_t (B, d_model) -> y_t (B, d_model), state"""
+        """u_t (B, d_model), reset (B) -> y_t (B, d_model), state"""
         z, xBC, dt = self.projections(u_t)  # (B, W), (B, W + 2 N), (B, H)
         xBC, conv = causal_conv_step(xBC, self.conv1d, state.conv, reset)  # (B, W + 2 N)
         reset = None if reset is None else reset[:, None]
@@ -552,6 +563,8 @@ BACKBONES = {"mamba": Mamba, "mamba2": Mamba2}
 
 
 class ResidualLayer(nn.Module):
+    """u + dropout(mixer(norm(u)))."""
+
     def __init__(self, d_model, mixer, dropout):
         super().__init__()
         self.norm = RMSNorm(d_model)
@@ -568,6 +581,11 @@ class ResidualLayer(nn.Module):
 
 
 class SequenceModel(nn.Module):
+    """What came so far, at every step: a stem, residual layers of one kind, a final norm.
+
+    forward takes whole sequences, in pieces if the state is carried on; step one step at a time.
+    """
+
     def __init__(self, d_input, d_model, *, layers=2, backbone="mamba2", d_state=16, head_dim=64,
                  dropout=0.1, d_conv=4, expand=2):
         super().__init__()

@@ -414,6 +414,7 @@ class FakeGame:
     """
 
     actions = 4
+    named = staticmethod(drama.Game.named)
 
     def __init__(self, name, copies=1, height=64, width=64):
         self.copies, self.size = copies, (height, width)
@@ -1207,16 +1208,16 @@ def test_a_hundred_thousand_entries_can_be_drawn_from():
     ("MsPacman", "ms_pacman"), ("ms_pacman", "ms_pacman"), ("KungFuMaster", "kung_fu_master"),
 ])  # fmt: skip
 def test_a_game_is_known_by_any_usual_name(name, rom):
-    assert drama.game_id(name) == rom
+    assert drama.Game.names()[drama.Game.named(name)] == rom
 
 
 def test_every_game_of_the_table_is_known_by_its_title():
-    assert [drama.game_title(drama.game_id(name)) for name in drama.SCORES] == list(drama.SCORES)
+    assert [drama.Game.named(name) for name in drama.SCORES] == list(drama.SCORES)
 
 
 def test_a_wrong_name_is_answered_with_the_nearest():
     with pytest.raises(drama.Mistake, match="Breakout.*--list-games"):
-        drama.game_id("Braekout")
+        drama.Game.named("Braekout")
 
 
 @pytest.fixture(scope="module")
@@ -1283,7 +1284,7 @@ def test_D13_only_a_decrease_of_lives_is_terminal_and_truncation_is_not(monkeypa
     assert outcomes == [(False, False), (True, False), (False, False), (False, True), (True, True)]
 
 
-def test_the_environment_is_that_of_the_protocol(monkeypatch):
+def test_D12_the_environment_is_that_of_the_protocol(monkeypatch):
     monkeypatch.setattr(drama, "AtariVectorEnv", ScriptedEnv)
     protocol = dict(grayscale=False, stack_num=1, frameskip=4, maxpool=True, noop_max=30,
                     episodic_life=False, reward_clipping=False, use_fire_reset=False,
@@ -1497,7 +1498,7 @@ def test_D5_the_reset_frame_opens_the_episode_and_its_last_reward_counts(runs, t
             assert float(row["score"]) == score
 
 
-def test_evaluation_counts_one_whole_episode_of_every_game(fake):
+def test_D8_D9_D14_evaluation_counts_one_whole_episode_of_every_game(fake):
     class AlwaysTwo:
         firsts = []
 
@@ -1710,6 +1711,47 @@ def test_README_commands_are_understood():
     for line in lines:
         if "--help" not in line:
             drama.parse_arguments(line.split())
+
+
+def readme_code(start):
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    return next(block for block in blocks if block.startswith(start))
+
+
+def test_README_game_of_ones_own_trains_and_is_evaluated(monkeypatch, tmp_path, capsys):
+    space = dict(vars(drama))
+    exec(readme_code("class Game"), space)
+    monkeypatch.setattr(drama, "Game", space["Game"])
+    assert command(tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert "Dot" in printed and "published" not in printed
+
+
+def test_README_snippet_loads_a_run_and_acts(fake, tmp_path):
+    assert command(tmp_path / "run") == 0
+    code = readme_code("import torch, drama")
+    assert len(code.strip().splitlines()) == 5
+    space = {}
+    exec(code.replace("runs/Breakout-s0", str(tmp_path / "run")), space)
+    assert space["action"].shape == (1,) and 0 <= int(space["action"]) < space["game"].actions
+
+
+def test_bench_times_every_phase(capsys):
+    assert drama.main(["--preset", "debug", "--steps", "80", "--bench"]) == 0
+    printed = capsys.readouterr().out
+    for phase in ("play", "model update", "dream", "agent update", "replay sampling", "hours"):
+        assert phase in printed
+
+
+def test_the_window_shows_the_game_that_is_played(monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    game = drama.Game("Breakout", height=210, width=160)
+    game.reset([11])
+    show = game.window()
+    for action in (1, 2, 2, 0, 3, 3, 3, 0, 2, 1):
+        frame = game.step([action])[0][0]
+        differ = (show(action) != frame).any(-1).mean()  # a frame pools two screens of the ball
+        assert differ < 0.002
 
 
 # ---------------------------------------------------------------- bad input
