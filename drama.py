@@ -32,7 +32,10 @@ import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read by torch when it is imported
+# Read by torch when it is imported. Threads that wait by spinning make an update five times as
+# long as soon as another program wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import ale_py
 import numpy as np
@@ -568,18 +571,15 @@ def show_progress(**options) -> tqdm:
 
 
 def training_bar(run: Run) -> tqdm:
-    total = run.settings.warmup
-    bar = show_progress(desc="random play", initial=run.step, total=total, smoothing=0)
-    if run.step >= run.settings.warmup:
-        start_learning(bar, run)
-    return bar
+    s, learning = run.settings, run.step >= run.settings.warmup
+    return show_progress(desc="learning" if learning else "random play", initial=run.step,
+                         total=s.steps if learning else s.warmup, smoothing=0)
 
 
 def start_learning(bar: tqdm, run: Run):
     """Begin the bar anew: counted in, random play would make the time left look too short."""
-    bar.set_description("learning", refresh=False)
-    bar.reset(run.settings.steps)
-    bar.n = bar.initial = run.step
+    bar.total, bar.initial, bar.start_t = run.settings.steps, run.step, time.time()
+    bar.set_description("learning")
 
 
 SKIPPED_IN_A_ROW = 10
