@@ -256,6 +256,11 @@ class Game:
 
     def __init__(self, title: str, copies: int = 1, height: int = 64, width: int = 64):
         self.rom = self.names()[title]
+        try:
+            ale_py.roms.get_rom_path(self.rom)
+        except OSError as error:
+            raise Mistake(f"the ROM of {title} cannot be used ({str(error).splitlines()[0]}): ale-py "
+                          "brings its own, unless ALE_ROMS_DIR names another folder.") from None
         self.env = AtariVectorEnv(
             self.rom, copies, num_threads=min(copies, os.cpu_count()), img_height=height,
             img_width=width, grayscale=False, stack_num=1, frameskip=4, maxpool=True, noop_max=30,
@@ -453,7 +458,9 @@ def optimise(module, optimizer, loss, clip: float, progress: float, buffers: lis
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    weights, *rest = (group["params"] for group in optimizer.param_groups)
+    norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+    norm = norm + 0 * sum(p.grad.sum() for params in rest for p in params)  # NaN if they are
     finite = bool(torch.isfinite(loss.detach() + norm))  # the one wait for the device
     if finite:
         for group in optimizer.param_groups:
@@ -543,8 +550,10 @@ def train(run: Run, folder: "Folder"):
                                                      s.dreams / s.batch)
                     batch = replay.windows(starts, s.context, device)
                 randomness(s.seed, step, "dream")
-                more, improved = learn_to_act(run, dream_on(run, batch, z), progress)
-                count_update(run, folder, metrics | more, learnt and improved)
+                more, improved = {}, False
+                if learnt:  # else the latents to start from may be broken, too
+                    more, improved = learn_to_act(run, dream_on(run, batch, z), progress)
+                count_update(run, folder, metrics | more, improved)
 
             # ---- 4. Log and save
             run.step += 1
@@ -898,26 +907,74 @@ def dream_picture(run: Run) -> np.ndarray:
 
 FORMAT = 1  # of a save
 CHUNK = 1024  # steps in a replay file
+BYTES_A_STEP = 1200  # on the disk: the worst of 26 games, and the pictures
+
+
+def sync(handle: int):
+    """Return when an open file or folder is safe on the disk."""
+    os.fsync(handle)
+    if sys.platform == "darwin":  # where fsync stops at the drive's cache
+        with contextlib.suppress(OSError):  # not every disk can do more
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+
+
+def sync_folder(path: Path):
+    """A file is only as safe as its name: return when the names in a folder are."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            sync(handle)
+        finally:
+            os.close(handle)
+
+
+def rename(source: Path, target: Path):
+    """Put a file in the place of another, at once."""
+    for pause in (0.1, 0.3, 1.0, None):
+        try:
+            return os.replace(source, target)
+        except PermissionError:  # on Windows, where others may be looking at the file
+            if os.name == "posix" or pause is None:
+                raise
+            time.sleep(pause)
 
 
 def write_file(path: Path, data: bytes):
     """Write all of it or nothing, and return when it is safe on the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        if sys.platform == "darwin":  # where fsync stops at the drive's cache
-            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
-    os.replace(temporary, path)
-    if os.name == "posix":  # its new name, too
-        handle = os.open(path.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            sync(file.fileno())
+        rename(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # a full disk needs the room
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
 
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def step_of(path: Path) -> int:
+    """state-000500.pt -> 500"""
+    return int(path.stem.split("-")[1])
+
+
+def not_finite(values, name: str) -> list[str]:
+    """Names of the numbers, in nested containers, that are NaN or infinite."""
+    if isinstance(values, dict):
+        parts = values.items()
+    elif isinstance(values, (list, tuple)):
+        parts = enumerate(values)
+    elif isinstance(values, (torch.Tensor, float)):
+        return [] if torch.as_tensor(values).isfinite().all() else [name]
+    else:
+        return []
+    return [found for key, part in parts for found in not_finite(part, f"{name}.{key}")]
 
 
 class Damaged(Exception):
@@ -940,10 +997,13 @@ class Folder:
         self.path, self.stop_asked, self.saved_step = path, False, 0
         self.chunks = {}  # replay files on the disk: name -> SHA-256
 
+    def numbered(self, pattern: str) -> list[Path]:
+        """Files with the number of a step in their names, newest first."""
+        found = [path for path in self.path.glob(pattern) if path.stem.split("-")[1].isdigit()]
+        return sorted(found, key=step_of, reverse=True)
+
     def manifests(self) -> list[Path]:
-        """Newest first."""
-        found = [path for path in self.path.glob("save-*.json") if path.stem[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
+        return self.numbered("save-*.json")
 
     def open_for_writing(self):
         """Make the folder if need be, and lock it: two processes would ruin each other's run."""
@@ -954,9 +1014,12 @@ class Folder:
                             if not re.fullmatch(r"lock|state-.*|.*\.tmp", p.name))
             if others:
                 raise Mistake(f"{self.path} holds other things ({', '.join(others[:3])}) and no "
-                              "run: give --run an empty or a new folder.")
+                              "save: give --run an empty or a new folder.")
         try:
+            new = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
+            for path in new:
+                sync_folder(path.parent)
             self.lock = open(self.path / "lock", "a")
         except OSError as error:
             raise Mistake(f"{self.path} cannot be written to: {error.strerror}.") from None
@@ -967,6 +1030,18 @@ class Folder:
                 msvcrt.locking(self.lock.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError:
             raise Mistake(f"{self.path} is in use by another process: stop it first.") from None
+
+    def check_room(self, run: Run):
+        """Refuse to begin what the disk may not hold to the end."""
+        if run.step == run.settings.steps:
+            return
+        weights = sum(p.numel() for part in (run.model, run.agent) for p in part.parameters())
+        state = 3 * 4 * weights + Replay.bytes_needed(CHUNK)  # the optimisers keep two more of each
+        need = BYTES_A_STEP * (run.settings.steps - run.step) + state * (1 if run.step else 3)
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
+        if need > (free := shutil.disk_usage(there).free):
+            raise Mistake(f"this run may take {need / 2**20:,.0f} MiB more in {self.path} and the disk "
+                          f"has {free / 2**20:,.0f}: make room, or give another folder with --run.")
 
     def append(self, run: Run, name: str, row: dict):
         """Add a row to metrics.csv or episodes.csv, and to its text in the run."""
@@ -980,7 +1055,10 @@ class Folder:
 
     def save(self, run: Run):
         """Replay files, state, manifest, in this order; then drop what the last two do not need."""
-        step, before = run.step, self.saved_step
+        step, before, state = run.step, self.saved_step, state_of(run)
+        if broken := not_finite(state, "run"):
+            raise Stopped(f"{', '.join(broken[:3])} is not finite: step {step} is not saved; "
+                          f"the last good save is that of step {before}.")
         for start in range(0, step - CHUNK + 1, CHUNK):
             name = f"replay-{start // CHUNK:03d}.npz"
             if name not in self.chunks:
@@ -989,12 +1067,12 @@ class Folder:
                 write_file(self.path / name, data.getvalue())
                 self.chunks[name] = sha256(data.getvalue())
         data = io.BytesIO()  # in memory first: on a full disk torch.save complains of positions
-        torch.save(state_of(run), data)
-        state = f"state-{step:06d}.pt"
-        write_file(self.path / state, data.getvalue())
+        torch.save(state, data)
+        name = f"state-{step:06d}.pt"
+        write_file(self.path / name, data.getvalue())
         settings = asdict(run.settings)
         content = dict(
-            format=FORMAT, step=step, files=self.chunks | {state: sha256(data.getvalue())},
+            format=FORMAT, step=step, files=self.chunks | {name: sha256(data.getvalue())},
             settings=settings, threads=torch.get_num_threads(), device=str(run.device),
             python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         signed = dict(content=content, sha256=sha256(json.dumps(content).encode()))
@@ -1004,14 +1082,17 @@ class Folder:
         if step >= PICTURE_STEPS:
             write_png(self.path / f"dream-{step:06d}.png", [dream_picture(run)])
         kept = {f"{kind}-{number:06d}" for kind in ("save", "state") for number in (before, step)}
-        for path in self.manifests() + list(self.path.glob("state-*.pt")):
+        for path in self.manifests() + list(self.path.glob("state-*")):  # and half-written ones
             if path.stem not in kept:
                 path.unlink()
 
     def load(self, with_replay: bool = True) -> tuple[dict, dict, dict]:
         """The newest save that is whole: manifest, state, replay files by name; all verified."""
-        problems = []
-        for path in self.manifests():
+        manifests = self.manifests()
+        problems = [f"{path.name} has no manifest, as after a save cut short"
+                    for path in self.numbered("state-*.pt")
+                    if manifests and step_of(path) > step_of(manifests[0])]
+        for path in manifests:
             try:
                 manifest = self.read_manifest(path)
                 files = {name: self.read(name, digest) for name, digest in manifest["files"].items()
@@ -1020,12 +1101,13 @@ class Folder:
                 problems.append(str(problem))
                 continue
             if problems:
-                print(f"warning: {'; '.join(problems)}: using the save before, step "
+                print(f"warning: {'; '.join(dict.fromkeys(problems))}: using the save before, step "
                       f"{manifest['step']}", file=sys.stderr)
             state = files.pop(f"state-{manifest['step']:06d}.pt")
             return manifest, torch.load(io.BytesIO(state), "cpu", weights_only=True), files
         if problems:
-            raise Mistake(f"no whole save is left in {self.path}: {'; '.join(problems)}.")
+            raise Mistake(f"no whole save is left in {self.path}: "
+                          f"{'; '.join(dict.fromkeys(problems))}.")
         raise Mistake(f"{self.path} holds no run.")
 
     def read(self, name: str, digest: str) -> bytes:
@@ -1044,7 +1126,7 @@ class Folder:
             whole = sha256(json.dumps(content).encode()) == signed["sha256"]
         except (ValueError, KeyError, TypeError, OSError):
             whole = False
-        if not whole:
+        if not whole or content["step"] != step_of(path):
             raise Damaged(f"{path.name} is damaged")
         if content["format"] > FORMAT:
             raise Mistake(f"{path} was written by a newer version of this program: use that one.")
@@ -1255,7 +1337,7 @@ def train_command(flags: dict):
     folder = Folder(Path(flags.pop("run", f"runs/{title}-s{flags.get('seed', 0)}")))
     resuming = bool(folder.manifests())
     if resuming:
-        folder.open_for_writing()
+        folder.open_for_writing()  # first: who holds the lock may be saving
         manifest, state, chunks = folder.load()
         s = resumed_settings(flags, manifest, folder.path)
         device, why = pick_device(s.device)
@@ -1268,14 +1350,21 @@ def train_command(flags: dict):
         restore(run, state, chunks)
         folder.chunks = {name: manifest["files"][name] for name in chunks}
         folder.saved_step = run.step
-        for name, text in run.logs.items():  # rows newer than the save will come again
-            write_file(folder.path / f"{name}.csv", text.encode())
-    else:
-        folder.open_for_writing()
-        folder.save(run)
-    introduce(run, why, folder.path)
-    with stoppable(folder):
-        train(run, folder)
+    folder.check_room(run)
+    try:
+        if resuming:
+            for name, text in run.logs.items():  # rows newer than the save will come again
+                write_file(folder.path / f"{name}.csv", text.encode())
+        else:
+            folder.open_for_writing()
+            folder.save(run)
+        introduce(run, why, folder.path)
+        with stoppable(folder):
+            train(run, folder)
+    except OSError as error:
+        kept = (f"The last good save is that of step {folder.saved_step}: the same command goes on "
+                "from there." if folder.manifests() else "Nothing is saved yet.")
+        raise Stopped(f"{error}. {kept}") from None
     result = folder.path / f"evaluation-{run.step:06d}.json"
     if not result.exists() or "eval_episodes" in flags:
         player = make_player(s, run.model, run.agent, s.eval_episodes)
