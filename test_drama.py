@@ -9,8 +9,10 @@ FakeGame stands in for Atari wherever the emulator itself is not the point.
 import ast
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -21,6 +23,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -2102,3 +2105,710 @@ def test_the_list_of_MPS_kernels_can_say_no():
     table = native_functions()
     assert runs_on_mps("add.Tensor", table) and runs_on_mps("_foreach_mul_.Scalar", table)
     assert not runs_on_mps("geqrf", table) and not runs_on_mps("no_such_operator", table)
+
+
+# ---------------------------------------------------------------- unbreakable
+
+
+UNTIL = 64  # the last step of a tiny run
+STOPPED = 45  # between two rows of metrics, after a skipped update, inside a chunk and an episode
+SKIPPED = 44  # the step of that update
+CONTEXTS = [*VARIANTS["contexts"], "--seed", "3", "--save-minutes", "0"]  # a save after every step
+
+
+class Enough(Exception):
+    """Ends a run from within."""
+
+
+def fingerprint(run):
+    """SHA-256 over weights, buffers, optimisers, player, counters, replay and the game's frame."""
+    logs = [[{k: cell for k, cell in row.items() if k not in TIMES} for row in
+             csv.DictReader(io.StringIO(text))] for text in run.logs.values()]  # fmt: skip
+    state = drama.state_of(run) | dict(seconds=0, logs=logs)
+    return digest([state, run.replay.steps(0, run.step), run.frame])
+
+
+def break_one_update(patch):
+    learn = drama.learn_world
+
+    def learn_once_wrongly(run, batch, progress):
+        reward = batch.reward * (math.nan if run.step == SKIPPED else 1)
+        return learn(run, batch._replace(reward=reward), progress)
+
+    patch.setattr(drama, "learn_world", learn_once_wrongly)
+
+
+def give_the_actor_opinions(patch):
+    """From a new actor's even policy a wrong input would rarely show in an action."""
+    build = drama.build_networks
+
+    def built(*args):
+        model, agent = build(*args)
+        shake(agent.actor[-1], scale=3)
+        return model, agent
+
+    patch.setattr(drama, "build_networks", built)
+
+
+def fingerprints(patch, stop_after=UNTIL):
+    """step -> fingerprint at every save from now on; the run ends with the save of `stop_after`."""
+    save, seen = drama.Folder.save, {}
+
+    def saving(folder, run):
+        save(folder, run)
+        seen[run.step] = fingerprint(run)
+        if run.step == stop_after:
+            raise Enough
+
+    patch.setattr(drama.Folder, "save", saving)
+    return seen
+
+
+class Tape:
+    """Every operation on files that drama.py does; the one numbered `at` calls `fault` first."""
+
+    def __init__(self, patch, at=None, fault=None):
+        self.operations, self.at, self.fault, self.names = [], at, fault, {}
+        patch.setattr(drama, "open", self.open, raising=False)
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "open"), (os, "close"),
+                             (Path, "unlink"), (Path, "mkdir")):  # fmt: skip
+            patch.setattr(module, name, self.taping(name, getattr(module, name)))
+
+    def note(self, *operation):
+        if len(self.operations) == self.at:
+            self.operations.append(None)
+            self.fault()
+        self.operations.append(operation)
+
+    def name(self, subject):
+        return self.names.get(subject, "") if isinstance(subject, int) else Path(subject).name
+
+    def taping(self, kind, function):
+        def taped(subject, *rest, **options):
+            rest_names = [self.name(x) for x in rest if kind == "replace"]
+            if kind != "close" or subject in self.names:  # others close files, too
+                self.note(kind, self.name(subject), *rest_names)
+            result = function(subject, *rest, **options)
+            if kind == "open":
+                self.names[result] = ""  # the folder
+            elif kind == "close":
+                self.names.pop(subject, None)
+            return result
+
+        return taped
+
+    def open(self, path, mode):
+        self.note("create" if mode == "wb" else "append", path.name)
+        return TapedFile(self, path.name, io.open(path, mode))
+
+
+class TapedFile:
+    def __init__(self, tape, name, file):
+        self.tape, self.name, self.file = tape, name, file
+        tape.names[file.fileno()] = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def flush(self):
+        self.tape.note("flush", self.name)
+        self.file.flush()
+
+    def write(self, data):
+        half = len(data) // 2
+        self.file.write(data[:half])
+        self.tape.note("write", self.name, data)
+        self.file.write(data[half:])
+
+    def close(self):
+        if not self.file.closed:
+            self.tape.names.pop(self.file.fileno(), None)
+            try:
+                self.tape.note("close", self.name)
+            finally:
+                self.file.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run with a save after every step: fingerprints by step, a copy of the
+    folder after every save, and a tape of the saves at step 0 and, with a new replay file, 32."""
+    folder, copies = (tmp_path_factory.mktemp("reference") / name for name in ("run", "copies"))
+    tapes = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drama, "Game", FakeGame)
+        patch.setattr(drama, "CHUNK", 16)
+        break_one_update(patch)
+        give_the_actor_opinions(patch)
+        seen, save = {}, drama.Folder.save
+
+        def saving(folder, run):
+            before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+            with pytest.MonkeyPatch.context() as taping:
+                tape = Tape(taping)
+                save(folder, run)
+            if run.step in (0, 32):
+                tapes[run.step] = before, tape.operations
+            seen[run.step] = fingerprint(run)
+            shutil.copytree(folder.path, copies / str(run.step))
+
+        patch.setattr(drama.Folder, "save", saving)
+        assert command(folder, *CONTEXTS) == 0
+    return seen, copies, tapes
+
+
+@pytest.fixture
+def tiny(fake):
+    fake.setattr(drama, "CHUNK", 16)
+    return fake
+
+
+def go_on(patch, folder, stop_after=UNTIL):
+    """Resume the reference run -> fingerprints of its saves, and how it ended."""
+    seen = fingerprints(patch, stop_after)
+    try:
+        return seen, command(folder, *CONTEXTS)
+    except Enough:
+        return seen, 0
+
+
+@pytest.mark.parametrize("step, at", [
+    (7, "before learning"), (24, "before the first update"), (25, "after the first update"),
+    (29, "inside a replay file"), (32, "at the end of a replay file"), (46, "after a bad update"),
+    (None, "at an episode's last step"), (-1, "at an episode's first step")])  # fmt: skip
+def test_a_resumed_run_equals_one_never_stopped_at_every_later_save(step, at, reference, tiny,
+                                                                    tmp_path):  # fmt: skip
+    seen, copies, _ = reference
+    ends = [int(row["step"]) for row in table(copies / "64", "episodes")]
+    step = {None: ends[2] - 1, -1: ends[2]}.get(step, step)
+    if step < SKIPPED:
+        break_one_update(tiny)
+    shutil.copytree(copies / str(step), tmp_path / "run")
+    later, code = go_on(tiny, tmp_path / "run", min(UNTIL, step + 5))
+    assert code == 0 and len(later) >= 2
+    assert later == {step: seen[step] for step in later}
+
+
+def leave_out(thing, run, state, files):
+    """Give one of the things that a save holds the value it has in a new run."""
+    part, _, name = thing.partition(".")
+    if part == "chunk":
+        del files[name]
+    elif part == "newest":
+        state["newest"][name].zero_()
+    elif part == "counters":
+        state["counters"][name].zero_()
+    elif part == "player":
+        fresh = drama.make_player(run.settings, run.model, run.agent).state_dict()
+        state["player"][name] = fresh[name]
+    elif part in ("model", "agent"):
+        module = getattr(run, part)
+        names = {key for key, _ in getattr(module, f"named_{name}")()}
+        fresh = module.state_dict()
+        state["learning"][part] = {key: fresh[key].clone() if key in names else value
+                                   for key, value in state["learning"][part].items()}
+    elif part.endswith("optimizer"):
+        for moments in state["learning"][part]["state"].values():
+            value = moments[name]
+            moments[name] = torch.zeros_like(value) if torch.is_tensor(value) else 0
+    elif part == "run":
+        state[name] = getattr(run, name)
+    else:
+        assert part == "game"
+
+
+SAVED = [f"run.{name}" for name in drama.COUNTED if name != "seconds"]
+SAVED += [f"{part}.{name}" for part in ("model", "agent") for name in ("parameters", "buffers")]
+SAVED += [f"{part}_optimizer.{name}" for part in ("model", "agent") for name in ("step", "m", "v")]
+SAVED += [f"player.{name}" for name in ("state", "d", "history", "age")]
+SAVED += [f"newest.{name}" for name in (*Replay.STEP, "frame")]
+SAVED += [f"counters.{name}" for name in Replay.COUNTER]
+SAVED += ["chunk.replay-000.npz", "chunk.replay-001.npz", "game"]
+
+
+@pytest.mark.parametrize("thing", SAVED)
+def test_leaving_out_any_one_saved_thing_shows(thing, reference, tiny, tmp_path):
+    seen, copies, _ = reference
+    shutil.copytree(copies / str(STOPPED), tmp_path / "run")
+    restore = drama.restore
+
+    def forgetful(run, state, files):
+        leave_out(thing, run, state, files)
+        restore(run, state, files)
+        if thing == "game":
+            run.frame = run.game.reset(drama.episode_seeds(3, run.episode, "reset"))
+
+    tiny.setattr(drama, "restore", forgetful)
+    try:
+        later, code = go_on(tiny, tmp_path / "run", STOPPED + 4)
+    except (Exception, AssertionError):  # it does not even run
+        return
+    assert code != 0 or later != {step: seen[step] for step in later}
+
+
+def test_the_list_of_saved_things_is_complete(reference, tiny):
+    seen, copies, _ = reference
+    _, state, files = drama.Folder(copies / str(STOPPED)).load()
+    held = {f"run.{name}" for name in state if name not in ("learning", "player", "newest", "counters",
+                                                           "seconds")}  # fmt: skip
+    held |= {f"{part}.{name}" for part in ("player", "newest", "counters") for name in state[part]}
+    for part in drama.LEARNING[2:]:
+        held |= {f"{part}.{name}" for name in state["learning"][part]["state"][0]}
+    assert held | {f"chunk.{name}" for name in files} <= set(SAVED)
+    assert set(state["learning"]) == set(drama.LEARNING)
+
+
+def test_the_seconds_and_the_number_of_threads_are_kept(reference, tiny, tmp_path):
+    _, copies, _ = reference
+    manifest, state, _ = drama.Folder(copies / str(STOPPED)).load()
+    assert state["seconds"] > 0 and manifest["threads"] == 1
+    flags = drama.parse_arguments(TINY)
+    del flags["threads"]
+    assert drama.resumed_settings(flags, manifest | {"threads": 3}, tmp_path).threads == 3
+
+
+# What a kill or a power cut leaves of a save
+
+
+def left_by_a_kill(before, operations):
+    """Contents of the folder if the process dies after `operations`, half of the last write done."""
+    files, waiting = dict(before), {}  # waiting: written, but not yet handed to the system
+    for kind, name, *rest in operations:
+        if kind == "create":
+            files[name] = b""
+        elif kind == "write":
+            waiting[name] = rest[0]
+        elif kind in ("flush", "close") and name in waiting:
+            files[name] = waiting.pop(name)
+        elif kind == "replace":
+            files[rest[0]] = files.pop(name)
+        elif kind == "unlink":
+            files.pop(name, None)
+    yield files
+    for name, data in waiting.items():
+        for size in (len(data) // 2, len(data)):
+            yield files | {name: data[:size]}
+
+
+def left_by_a_power_cut(before, operations):
+    """All contents of the folder that the disk may hold then.
+
+    What was synced is there. Of all else a disk may have written any part: names that came and
+    went since the folder was synced, each or not; of a file, nothing, half or all.
+    """
+    content = {name: (data, data) for name, data in before.items()}  # inode -> on the disk, meant
+    seen, durable, pending = {name: name for name in before}, {name: name for name in before}, []
+    for number, (kind, name, *rest) in enumerate(operations):
+        if kind == "create":
+            if name not in seen:
+                seen[name] = number
+                content[number] = b"", b""
+                pending.append((None, name, number))
+            else:
+                content[seen[name]] = content[seen[name]][0], b""
+        elif kind == "write":
+            content[seen[name]] = content[seen[name]][0], rest[0]
+        elif kind == "fsync" and name:
+            content[seen[name]] = content[seen[name]][1], content[seen[name]][1]
+        elif kind == "fsync":
+            durable, pending = dict(seen), []
+        elif kind == "replace":
+            seen[rest[0]] = seen.pop(name)
+            pending.append((name, rest[0], seen[rest[0]]))
+        elif kind == "unlink" and name in seen:
+            pending.append((name, None, seen.pop(name)))
+    for chosen in itertools.product((False, True), repeat=len(pending)):
+        names = dict(durable)
+        for (gone, came, inode), done in zip(pending, chosen):
+            if done:
+                names.pop(gone, None)
+                names |= {came: inode} if came else {}
+        variants = []
+        for inode in names.values():
+            safe, meant = content[inode]
+            variants.append({safe} if safe == meant else {safe, b"", meant[: len(meant) // 2], meant})
+        for data in itertools.product(*variants):
+            yield dict(zip(names, data))
+
+
+def loaded(folder):
+    manifest, state, files = drama.Folder(folder).load()
+    return digest([manifest, state, {name: drama.sha256(data) for name, data in files.items()}])
+
+
+def fill(folder, files):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("cut", [left_by_a_kill, left_by_a_power_cut])
+@pytest.mark.parametrize("step", [0, 32])
+def test_whatever_is_left_of_a_save_loads_as_the_old_or_the_new(step, cut, reference, tiny,
+                                                                tmp_path, capsys):  # fmt: skip
+    """... without a word of damage; as the new from the moment it is reported saved; and the save
+    before that one is whole, too."""
+    _, copies, tapes = reference
+    before, operations = tapes[step]
+    renamed = operations.index(("replace", f"save-{step:06d}.json.tmp", f"save-{step:06d}.json"))
+    reported = next(i for i in range(renamed, len(operations))
+                    if operations[i][0] == "create" and "settings" in operations[i][1])
+    expected = {n: loaded(copies / str(n)) for n in range(max(0, step - 2), step + 1)}
+    tried = set()
+    for stop in range(len(operations) + 1):
+        for files in cut(before, operations[:stop]):
+            key = digest(files), stop > reported
+            if key in tried:
+                continue
+            tried.add(key)
+            fill(tmp_path / "run", files)
+            where = f"after {stop} of {len(operations)}: {operations[stop - 1][:2]}"
+            if step == 0 and not any(name.endswith(".json") for name in files):
+                drama.Folder(tmp_path / "run").open_for_writing()  # nothing yet: it begins again
+                assert stop <= reported, where
+                continue
+            found = loaded(tmp_path / "run")
+            assert found == expected[step] or found == expected[step - 1] and stop <= reported, where
+            assert "damaged" not in (said := capsys.readouterr().err) and "read" not in said, where
+            if step:
+                newest = step if found == expected[step] else step - 1
+                (tmp_path / "run" / f"state-{newest:06d}.pt").unlink()
+                assert loaded(tmp_path / "run") == expected[newest - 1], where
+                capsys.readouterr()
+    assert len(tried) > 10
+
+
+def test_the_names_of_new_folders_are_made_safe(tmp_path, monkeypatch):
+    tape = Tape(monkeypatch)
+    drama.Folder(tmp_path / "a" / "b").open_for_writing()
+    synced = [operation for operation in tape.operations if operation[0] == "fsync"]
+    assert len(synced) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_twelve_kills_half_of_them_inside_a_save_change_nothing(reference, tiny, tmp_path):
+    seen, _, _ = reference
+    break_one_update(tiny)
+    give_the_actor_opinions(tiny)
+
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def run_and_be_killed(number, rng):
+        signal.alarm(60)
+        patch, calls = pytest.MonkeyPatch(), itertools.count()
+        place = ("randomness", "learn_world", "dream_on")[number // 2 % 3]
+        function, save = getattr(drama, place), drama.Folder.save
+
+        def saving(folder, run):
+            if next(calls) == 1:
+                Tape(patch, int(rng.integers(38)), kill)  # of the 38 operations of a save, or more
+            save(folder, run)
+
+        def called(*args):
+            result = function(*args)
+            if next(calls) == (5 if place == "randomness" else 0):
+                kill()
+            return result
+
+        if number % 2:
+            patch.setattr(drama.Folder, "save", saving)
+        else:
+            patch.setattr(drama, place, called)
+        command(tmp_path / "run", *CONTEXTS)
+
+    for number in range(12):
+        child = os.fork()
+        if child == 0:
+            with open(os.devnull, "w") as sink:
+                os.dup2(sink.fileno(), 1), os.dup2(sink.fileno(), 2)
+            try:
+                run_and_be_killed(number, np.random.default_rng(number))
+            finally:
+                os._exit(7)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, number
+    later, code = go_on(tiny, tmp_path / "run")
+    assert code == 0 and UNTIL in later and later == {step: seen[step] for step in later}
+
+
+# Damage
+
+
+def flipped(data, where):
+    at, bit = where % len(data), where // len(data) % 8
+    return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :]
+
+
+def damages(path, flips):
+    """Name, and a function that does it to the file, of all that may happen to one."""
+    data, rng = path.read_bytes(), np.random.default_rng(8)
+    foreign = {".npz": "chunk", ".pt": "state", ".json": "save"}[path.suffix]
+    for number in range(flips):
+        yield f"flip {number}", flipped(data, int(rng.integers(8 * len(data))))
+    for number in range(20):
+        yield f"truncated {number}", data[: len(data) * number // 20]  # the first is empty
+    yield "foreign", f"another {foreign}".encode()
+    yield "of another time", next(path.parent.glob(f"{path.name[:5]}*[!{path.stem[-1]}].*")).read_bytes()
+    yield "deleted", None
+
+
+def put(path, data):
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name, falls_back", [
+    ("state-000048.pt", True), ("save-000048.json", True), ("replay-002.npz", True),
+    ("replay-000.npz", False)])  # fmt: skip
+def test_no_damage_is_silent(name, falls_back, reference, tiny, tmp_path, capsys):
+    """The save before is used, and named; or a refusal says what is damaged."""
+    _, copies, _ = reference
+    folder = shutil.copytree(copies / "48", tmp_path / "run")
+    whole, before = loaded(copies / "48"), loaded(copies / "47")
+    data, same = (folder / name).read_bytes(), 0
+    for kind, damaged in damages(folder / name, flips=25):
+        put(folder / name, damaged)
+        capsys.readouterr()
+        if not falls_back:
+            with pytest.raises(drama.Mistake, match=name):
+                loaded(folder)
+        elif (found := loaded(folder)) == whole:  # a manifest's spaces, the case of an e in a number
+            assert name.endswith("json") and json.loads(damaged) == json.loads(data), kind
+            same += 1
+        else:
+            said = capsys.readouterr().err
+            culprit = "state-000048.pt" if (kind, name[:4]) == ("deleted", "save") else name
+            assert found == before and culprit in said and "step 47" in said, kind
+        put(folder / name, data)
+    assert same < 5 and loaded(folder) == whole
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_a_damaged_replay_file_still_lets_the_agent_play(damage, reference, tiny, tmp_path, capsys):
+    folder = shutil.copytree(reference[1] / "48", tmp_path / "run")
+    damage(folder / "replay-000.npz")
+    refused(capsys, folder, [*TINY, *CONTEXTS, "--run", str(folder)], "replay-000.npz")
+    assert drama.main(["--eval", str(folder), "--eval-episodes", "1"]) == 0
+    assert drama.main(["--watch", str(folder)]) == 0
+
+
+def test_a_run_whose_manifests_are_gone_is_not_begun_anew(reference, tiny, tmp_path, capsys):
+    folder = shutil.copytree(reference[1] / "48", tmp_path / "run")
+    for path in drama.Folder(folder).manifests():
+        path.unlink()
+    refused(capsys, folder, [*TINY, *CONTEXTS, "--run", str(folder)], "no save")
+
+
+# Errors of the disk
+
+
+def untimed(folder):
+    """Like `loaded`, but for what is never the same twice."""
+    manifest, state, _ = drama.Folder(folder).load()
+    return digest([manifest["step"], state | dict(seconds=0, logs="")])
+
+
+def test_an_error_at_any_file_operation_ends_the_run_and_keeps_the_save(reference, tiny, tmp_path,
+                                                                         capsys):  # fmt: skip
+    _, copies, _ = reference
+    ways = [(errno.ENOSPC, "No space left"), (errno.EIO, "Input/output error")]
+    expected = {untimed(copies / str(step)): step for step in (31, 32)}
+    for at in itertools.count():
+        number, says = ways[at % 2]
+        folder = Path(shutil.copytree(copies / "31", tmp_path / str(at)))
+
+        def fail():
+            raise OSError(number, os.strerror(number))
+
+        with pytest.MonkeyPatch.context() as patch:
+            fingerprints(patch, 32)
+            tape = Tape(patch, at, fail)
+            capsys.readouterr()
+            try:
+                code = command(folder, *CONTEXTS)
+            except Enough:  # beyond the last operation
+                break
+        said = capsys.readouterr().err.splitlines()[-1]
+        where = f"{at}: {tape.operations[at - 1 : at + 2]}, {said}"
+        assert code in (1, 2) and said.startswith("drama.py: ") and says in said, where
+        step = expected[untimed(folder)]  # as it was, or as it was meant
+        if code == 1:  # else there was no lock to be had, and nothing was done
+            assert int(re.search(r"last good save is that of step (\d+)", said)[1]) <= step, where
+        assert not list(folder.glob("*.tmp")), where
+        shutil.rmtree(folder)
+    assert at > 60
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows is the one that needs it")
+def test_a_file_that_another_program_holds_is_tried_again(tmp_path, monkeypatch):
+    refusals, replace, pauses = iter([True, True]), os.replace, []
+
+    def busy(*args):
+        if next(refusals, False):
+            raise PermissionError("held by a virus scanner")
+        return replace(*args)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(drama.time, "sleep", pauses.append)
+    (tmp_path / "a").write_text("data")
+    with pytest.raises(PermissionError):
+        drama.rename(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setattr(drama.os, "name", "nt")
+    drama.rename(tmp_path / "a", tmp_path / "b")
+    assert pauses == [0.1] and replace is not os.replace
+    monkeypatch.setattr(drama.os, "name", "posix")
+    assert (tmp_path / "b").read_text() == "data"
+
+
+# Numbers that are not
+
+
+def spoil_loss(patch, run):
+    loss = WorldModel.loss
+    patch.setattr(WorldModel, "loss", lambda *args: (loss(*args)[0] * math.nan, *loss(*args)[1:]))
+
+
+def spoil_agent_loss(patch, run):
+    loss = ActorCritic.loss
+    patch.setattr(ActorCritic, "loss", lambda *args: (loss(*args)[0] * math.nan, loss(*args)[1]))
+
+
+def spoil_gradient(patch, run):
+    next(run.model.encoder.parameters()).register_hook(lambda gradient: gradient * math.nan)
+
+
+def spoil_balance_gradient(patch, run):
+    run.model.balance["image"].register_hook(lambda gradient: gradient * math.inf)
+
+
+def spoil_agent_gradient(patch, run):
+    run.agent.actor[-1].weight.register_hook(lambda gradient: gradient * math.nan)
+
+
+def spoil_logits(patch, run):
+    run.model.posterior_head.register_forward_hook(lambda head, args, out: out * math.nan)
+
+
+def spoil_policy_logits(patch, run):
+    run.agent.actor.register_forward_hook(lambda actor, args, out: out * math.nan)
+
+
+def spoil_dream(patch, run):
+    run.model.prior_head.register_forward_hook(lambda head, args, out: out + math.inf)
+
+
+def spoil_weight(patch, run):
+    run.model.encoder[0].weight.data[0, 0, 0, 0] = math.nan
+
+
+def spoil_buffer(patch, run):
+    next(buffer for buffer in run.model.encoder.buffers()).fill_(math.nan)
+
+
+def spoil_slow_critic(patch, run):
+    run.agent.slow_critic[-1].bias.data[0] = math.inf
+
+
+SPOILS = [spoil_loss, spoil_agent_loss, spoil_gradient, spoil_balance_gradient, spoil_agent_gradient,
+          spoil_logits, spoil_policy_logits, spoil_dream]  # fmt: skip
+LASTING = [spoil_weight, spoil_buffer, spoil_slow_critic]
+
+
+@pytest.fixture(scope="module")
+def paused(tmp_path_factory):
+    """Runs stopped at step 29."""
+    folders = {variant: tmp_path_factory.mktemp("paused") / "run" for variant in VARIANTS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drama, "Game", FakeGame)
+        interrupt_at(patch, 29)
+        for variant, folder in folders.items():
+            assert command(folder, "--train-every", "2", *VARIANTS[variant]) == 130
+    return folders
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("spoil", SPOILS + LASTING)
+def test_a_number_that_is_not_stops_the_run_and_is_never_saved(spoil, variant, paused, runs, fake,
+                                                               tmp_path, capsys):  # fmt: skip
+    """From step 30 on. What stays in the weights is found at the next save, here of the end."""
+    learn, run_folder, before = drama.learn_world, tmp_path / "run", []
+
+    def learn_spoiled(run, batch, progress):
+        if run.step >= 30 and not before:
+            before.append(digest([run.model.state_dict(), run.agent.state_dict()]))
+            spoil(fake, run)
+        return learn(run, batch, progress)
+
+    fake.setattr(drama, "learn_world", learn_spoiled)
+    shutil.copytree(paused[variant], run_folder)
+    assert command(run_folder, "--train-every", "2", *VARIANTS[variant]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("drama.py: ") and "last good save is that of step 29" in said, said
+    assert "not finite" in said and re.search(r"\w+_(loss|norm)|run\.\w+", said), said
+    manifest, state, _ = drama.Folder(run_folder).load()
+    assert manifest["step"] == 29 and not drama.not_finite(state, "state")
+    if spoil in SPOILS:
+        assert runs[-1].skipped == 10
+        model = {} if spoil in (spoil_agent_loss, spoil_agent_gradient) else runs[-1].model.state_dict()
+        assert not model or spoil in (spoil_policy_logits, spoil_dream) or \
+            digest([model, runs[-1].agent.state_dict()]) == before[0]
+
+
+# Bad input
+
+
+def test_a_disk_too_small_for_the_run_is_refused(fake, run_folder, tmp_path, capsys):
+    real = shutil.disk_usage(tmp_path)
+    fake.setattr(shutil, "disk_usage", lambda path: real._replace(free=2**14))
+    (tmp_path / "other").mkdir()
+    refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "other" / "new")], "MiB.*make room")
+    refused(capsys, tmp_path, [*TINY, "--run", str(run_folder), "--steps", "90"], "MiB.*make room")
+    assert command(run_folder) == 0  # it is finished and needs no more
+
+
+@pytest.mark.parametrize("rom", [None, b"not a ROM", "no folder"])
+def test_a_missing_or_wrong_rom_is_refused(rom, monkeypatch, tmp_path, capsys):
+    (tmp_path / "roms").mkdir()
+    if isinstance(rom, bytes):
+        (tmp_path / "roms" / "breakout.bin").write_bytes(rom)
+    monkeypatch.setenv("ALE_ROMS_DIR", str(tmp_path / ("roms" if rom != "no folder" else "none")))
+    refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new")], "ROM of Breakout.*ALE_ROMS_DIR")
+
+
+def test_a_save_of_a_newer_format_is_refused(run_folder, capsys):
+    path = run_folder / "save-000064.json"
+    content = json.loads(path.read_text())["content"] | {"format": drama.FORMAT + 1}
+    signature = drama.sha256(json.dumps(content).encode())
+    path.write_text(json.dumps(dict(content=content, sha256=signature)))
+    for argv in (["--run"], ["--eval"], ["--watch"]):
+        refused(capsys, run_folder, [*TINY[: 99 * (argv == ["--run"])], *argv, str(run_folder)], "newer")
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="no users")
+def test_a_folder_that_cannot_be_written_to_is_refused(run_folder, fake, capsys):
+    place = Path(tempfile.mkdtemp())  # where a user without rights can look
+    try:
+        shutil.copytree(run_folder, place / "run")
+        for path in (place, place / "run"):
+            path.chmod(0o555)
+        if root := os.geteuid() == 0:
+            os.seteuid(65534)
+        try:
+            for name in ("new", "run"):
+                refused(capsys, place, [*TINY, "--run", str(place / name)], "cannot be written to")
+        finally:
+            if root:
+                os.seteuid(0)
+    finally:
+        for path in (place, place / "run"):
+            path.chmod(0o755)
+        shutil.rmtree(place)
