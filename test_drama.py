@@ -6,7 +6,9 @@ D2, P7, T4 and the like are the numbers of the faults in the README's table of d
 FakeGame stands in for Atari wherever the emulator itself is not the point.
 """
 
+import argparse
 import ast
+import contextlib
 import csv
 import dataclasses
 import errno
@@ -24,6 +26,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -2457,9 +2460,8 @@ def test_whatever_is_left_of_a_save_loads_as_the_old_or_the_new(step, cut, refer
     before that one is whole, too."""
     _, copies, tapes = reference
     before, operations = tapes[step]
-    renamed = operations.index(("replace", f"save-{step:06d}.json.tmp", f"save-{step:06d}.json"))
-    reported = next(i for i in range(renamed, len(operations))
-                    if operations[i][0] == "create" and "settings" in operations[i][1])
+    named = [i for i, operation in enumerate(operations) if f"save-{step:06d}.json" in operation]
+    reported = next(i for i in range(max(named), len(operations)) if operations[i][0] == "create")
     expected = {n: loaded(copies / str(n)) for n in range(max(0, step - 2), step + 1)}
     tried = set()
     for stop in range(len(operations) + 1):
@@ -2812,3 +2814,121 @@ def test_a_folder_that_cannot_be_written_to_is_refused(run_folder, fake, capsys)
         for path in (place, place / "run"):
             path.chmod(0o755)
         shutil.rmtree(place)
+
+def test_a_save_of_format_1_loads_for_ever(tiny, tmp_path):
+    """results/format-1 was written by this program when format 1 was new, with CHUNK 4, FakeGame
+    and `--steps 9 --warmup 6`. It is never made again: if this fails, old runs are lost."""
+    tiny.setattr(drama, "CHUNK", 4)
+    folder = Path(shutil.copytree(HERE / "results" / "format-1", tmp_path / "run"))
+    s, player, state = drama.load_player(folder)
+    assert digest([player.model.state_dict(), player.agent.state_dict()])[:16] == "93f731cdbbcbb4ec"
+    manifest, state, files = drama.Folder(folder).load()
+    run = drama.Run(s, torch.device("cpu"))
+    drama.restore(run, state, files)
+    assert digest([run.replay.steps(0, 9), run.replay.counters(), run.frame])[:16] == "9b9f616995568c9f"
+    assert digest(drama.state_of(run)) == digest(state) and manifest["format"] == 1
+    assert drama.main(["--run", str(folder), "--steps", "12"]) == 0
+    assert drama.Folder(folder).load()[0]["step"] == 12
+
+
+# The same at length, with the real game: python test_drama.py --soak 300
+
+SOAK = ("--preset debug --game Breakout --device cpu --threads 1 --steps 240 --warmup 24 --batch 2 "
+        "--length 8 --dreams 4 --train-every 4 --log-every 2 --eval-episodes 1 --tau 1 "
+        "--save-minutes 0.002").split()  # fmt: skip
+SMALL_FILES = "import sys, drama; drama.CHUNK = 16; sys.exit(drama.main())"  # 15 in a run, not none
+
+
+def start(folder):
+    """The command line as a process of its own."""
+    with open(folder.with_suffix(".log"), "a") as log:
+        return subprocess.Popen([sys.executable, "-c", SMALL_FILES, *SOAK, "--run", str(folder)],
+                                cwd=HERE, stdout=log, stderr=log)  # fmt: skip
+
+
+def newest_step(folder):
+    return max((drama.step_of(path) for path in drama.Folder(folder).manifests()), default=-1)
+
+
+def within_a_save(folder):
+    """Whether files tell that a save was begun and not ended."""
+    manifests, step = drama.Folder(folder).manifests(), newest_step(folder)
+    states = [drama.step_of(path) for path in folder.glob("state-*.pt")]
+    pictured = step < drama.PICTURE_STEPS or (folder / f"dream-{step:06d}.png").exists()
+    return (any(folder.glob("*.tmp")) or max(states) > step or not pictured
+            or len(states) > 2 or len(manifests) > 2)  # fmt: skip
+
+
+def result(folder):
+    """All that two equal runs leave behind."""
+    _, state, files = drama.Folder(folder).load()
+    arrays = [dict(np.load(io.BytesIO(files[name]))) for name in sorted(files)]
+    state |= dict(seconds=0, logs=[table(folder, name) for name in ("metrics", "episodes")])
+    return digest([state, arrays, (folder / "evaluation-000240.json").read_text()])
+
+
+def kill_once(folder, inside, rng):
+    """Let the run make a step or more and kill it -> whether it was killed before its end."""
+    before, run = newest_step(folder), start(folder)
+    while run.poll() is None and newest_step(folder) <= before:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.2))
+    while run.poll() is None and inside != (
+            any(folder.glob("*.tmp")) if inside else within_a_save(folder)):
+        time.sleep(0.0002)
+    run.kill()
+    return run.wait() == -signal.SIGKILL
+
+
+def soak(kills):
+    """`kills` times kill -9, half inside a save; 100 bit flips in each kind of file -> exit code."""
+    place, rng, begun = Path(tempfile.mkdtemp()), np.random.default_rng(0), time.time()
+    assert start(place / "whole").wait() == 0
+    expected, inside, outside, runs, wrong = result(place / "whole"), 0, 0, 0, 0
+    folder = place / "run-0"
+    while inside + outside < kills or folder.exists():
+        if inside + outside == kills:
+            assert start(folder).wait() == 0
+        elif kill_once(folder, inside <= outside, rng):
+            cut = within_a_save(folder)
+            inside, outside = inside + cut, outside + (not cut)
+            print(f"\r{inside + outside} kills, {runs} runs", end="", flush=True)
+            continue
+        log = folder.with_suffix(".log").read_text()
+        wrong += "damaged" in log or "Traceback" in log or result(folder) != expected
+        runs, folder = runs + 1, place / f"run-{runs + 1}"
+    print(f"\r{'fault':<34}{'times':>6}  outcome\n"
+          f"{'kill -9 inside a save':<34}{inside:>6}  {runs} runs in all, {runs - wrong} of them end\n"
+          f"{'kill -9 elsewhere':<34}{outside:>6}  as the run that was never stopped")
+
+    whole, silent = place / "whole", 0
+    newest, before = loaded(whole), drama.step_of(drama.Folder(whole).manifests()[1])
+    files = {"state": "state-000240.pt", "manifest": "save-000240.json",
+             "replay file of one save": "replay-014.npz", "replay file of both": "replay-000.npz"}
+    for kind, name in files.items():
+        named = refused = same = 0
+        data = (whole / name).read_bytes()
+        for flip_at in rng.integers(8 * len(data), size=100):
+            (whole / name).write_bytes(flipped(data, int(flip_at)))
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                try:
+                    found = loaded(whole)
+                    same += found == newest
+                    named += name in said.getvalue() and f"step {before}" in said.getvalue()
+                except drama.Mistake as mistake:
+                    refused += name in str(mistake)
+        (whole / name).write_bytes(data)
+        silent += 100 - named - refused - (same if kind == "manifest" else 0)
+        print(f"{'bit flip in ' + kind:<34}{100:>6}  {named} the save before, named; {refused} refused, "
+              f"named" + f"; {same} of no meaning (spaces, 1e-5 or 1E-5)" * (same > 0))
+    good = not wrong and not silent and inside >= kills // 2 - 1
+    print(f"soak: {kills} kills, {inside} inside a save, {wrong} of {runs} runs wrong; 400 bit flips, "
+          f"{silent} silent; {(time.time() - begun) / 60:.0f} minutes: {'good' if good else 'BAD'}")
+    shutil.rmtree(place) if good else print(place)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="kill the real command line, again and again")
+    parser.add_argument("--soak", type=int, default=300, metavar="KILLS")
+    sys.exit(soak(parser.parse_args().soak))
