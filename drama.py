@@ -907,7 +907,7 @@ def dream_picture(run: Run) -> np.ndarray:
 
 FORMAT = 1  # of a save
 CHUNK = 1024  # steps in a replay file
-BYTES_A_STEP = 1200  # on the disk: the worst of 26 games, and the pictures
+BYTES_A_STEP = 1500  # on the disk: the worst of 26 games, and a picture at every save
 
 
 def sync(handle: int):

@@ -8,6 +8,7 @@ FakeGame stands in for Atari wherever the emulator itself is not the point.
 
 import argparse
 import ast
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -2880,26 +2881,37 @@ def kill_once(folder, inside, rng):
     return run.wait() == -signal.SIGKILL
 
 
-def soak(kills):
-    """`kills` times kill -9, half inside a save; 100 bit flips in each kind of file -> exit code."""
-    place, rng, begun = Path(tempfile.mkdtemp()), np.random.default_rng(0), time.time()
-    assert start(place / "whole").wait() == 0
-    expected, inside, outside, runs, wrong = result(place / "whole"), 0, 0, 0, 0
-    folder = place / "run-0"
-    while inside + outside < kills or folder.exists():
-        if inside + outside == kills:
+def kill_again_and_again(place, kills, expected):
+    """`kills` in one run after the other -> kills inside a save, runs, runs that ended otherwise."""
+    rng, folder, inside, runs, wrong = np.random.default_rng(kills), place / "run-0", 0, 0, 0
+    done = 0
+    while done < kills or folder.exists():
+        if done == kills:
             assert start(folder).wait() == 0
-        elif kill_once(folder, inside <= outside, rng):
-            cut = within_a_save(folder)
-            inside, outside = inside + cut, outside + (not cut)
-            print(f"\r{inside + outside} kills, {runs} runs", end="", flush=True)
+        elif kill_once(folder, inside <= done / 2, rng):
+            done, inside = done + 1, inside + within_a_save(folder)
+            print(".", end="", flush=True)
             continue
         log = folder.with_suffix(".log").read_text()
         wrong += "damaged" in log or "Traceback" in log or result(folder) != expected
         runs, folder = runs + 1, place / f"run-{runs + 1}"
-    print(f"\r{'fault':<34}{'times':>6}  outcome\n"
+    return inside, runs, wrong
+
+
+def soak(kills):
+    """`kills` times kill -9, half inside a save; 100 bit flips in each kind of file -> exit code."""
+    place, rng, begun = Path(tempfile.mkdtemp()), np.random.default_rng(0), time.time()
+    assert start(place / "whole").wait() == 0
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        shares = {"one": kills // 2, "two": kills - kills // 2}
+        for name in shares:
+            (place / name).mkdir()
+        tries = [pool.submit(kill_again_and_again, place / name, share, result(place / "whole"))
+                 for name, share in shares.items()]
+        inside, runs, wrong = (sum(counts) for counts in zip(*(each.result() for each in tries)))
+    print(f"\n{'fault':<34}{'times':>6}  outcome\n"
           f"{'kill -9 inside a save':<34}{inside:>6}  {runs} runs in all, {runs - wrong} of them end\n"
-          f"{'kill -9 elsewhere':<34}{outside:>6}  as the run that was never stopped")
+          f"{'kill -9 elsewhere':<34}{kills - inside:>6}  as the run that was never stopped")
 
     whole, silent = place / "whole", 0
     newest, before = loaded(whole), drama.step_of(drama.Folder(whole).manifests()[1])
