@@ -83,10 +83,6 @@ class Replay:
         self.terminal[step], self.first[step] = terminal, first
         self.length = step + 1
 
-    def episode_start(self) -> int:
-        """Position of the first frame of the episode that the newest step belongs to."""
-        return int(np.flatnonzero(self.first[: self.length])[-1])
-
     def training_windows(self, count: int, length: int, tau: float, rng) -> np.ndarray:
         """Draw and count `count` starts of windows for the world model."""
         trained = self.trained[: self.length - length + 1]
