@@ -116,49 +116,106 @@ def image_layout(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+class Interleave(torch.autograd.Function):
+    """Put the stride x stride pixels of every position, computed as channels, into their places.
+
+    (B, n, n, stride, stride, C) -> (B, stride * side, stride * side, C). Row a of the pixels of
+    position i is found at i + shift[a] of the n. Written by hand because autograd would make a
+    full tensor for each of the slices.
+    """
+
+    @staticmethod
+    def pairs(apart, image, shift):
+        """Views of the same pixels, (B, side, pixels, side, pixels, C): one shift at a time."""
+        stride, side = len(shift), image.shape[1] // len(shift)
+        image = image.unflatten(2, (side, stride)).unflatten(1, (side, stride))
+        groups = [(m, slice(shift.index(m), shift.index(m) + shift.count(m)))
+                  for m in sorted(set(shift))]
+        for i, rows in groups:
+            for j, columns in groups:
+                source = apart[:, i : i + side, j : j + side, rows, columns].transpose(2, 3)
+                yield source, image[:, :, rows, :, columns]
+
+    @staticmethod
+    def forward(ctx, apart, side, shift):
+        ctx.shape, ctx.shift = apart.shape, shift
+        size = side * len(shift)
+        image = apart.new_empty(len(apart), size, size, apart.shape[-1])
+        for source, target in Interleave.pairs(apart, image, shift):
+            target.copy_(source)
+        return image
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        apart = gradient.new_zeros(ctx.shape)
+        for target, source in Interleave.pairs(apart, gradient, ctx.shift):
+            target.copy_(source)
+        return apart, None, None
+
+
 class TransposedConv(nn.ConvTranspose2d):
     """nn.ConvTranspose2d from (B, C, side, side) to (B, C', stride * side, stride * side).
 
     Computed as an ordinary convolution that yields all stride x stride pixels of a position at
-    once, as channels, and a shuffle that puts them in place: four times faster on a CPU.
+    once, as channels, which are then put in their places: four times faster on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         (stride, _), (padding, _), (kernel, _) = self.stride, self.padding, self.kernel_size
-        # Pixel a of position i takes tap a + before - stride m of the input at position i + m
-        reach = max(stride - 1 + padding, kernel - 1 - padding) // stride  # |m| at most
-        taps = 2 * reach + 1
-        before = stride * reach - padding
-        after = stride * taps - before - kernel
-        weight = F.pad(self.weight, (before, after, before, after)).flip(2, 3)
-        weight = weight.view(*weight.shape[:2], taps, stride, taps, stride).flip(3, 5)
+        # Pixel a of position i takes tap a + padding - stride m of the input at position i + m, so
+        # `taps` of them in a row, of which the last is at m = (a + padding) // stride.
+        taps = -(-kernel // stride)
+        last = [(a + padding) // stride for a in range(stride)]
+        reach = max(taps - 1 - last[0], last[-1])  # zeros around the input
+        missing = taps * stride - kernel
+        weight = F.pad(self.weight, (0, missing, 0, missing))  # (C, C', taps stride, taps stride)
+        weight = weight.view(*weight.shape[:2], taps, stride, taps, stride).flip(2, 4)
+        weight = weight.roll((-padding, -padding), (3, 5))  # pixel a takes every stride-th from a
         weight = weight.permute(3, 5, 1, 0, 2, 4).flatten(0, 2)  # (stride^2 C', C, taps, taps)
         weight = weight.contiguous(memory_format=image_layout(x.device))
         y = F.conv2d(x, weight, self.bias.repeat(stride**2), padding=reach)
-        y = y.permute(0, 2, 3, 1).unflatten(-1, (stride, stride, -1))  # (B, side, side, s, s, C')
-        y = y.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, s side, s side, C')
-        return y.permute(0, 3, 1, 2)
+        apart = y.permute(0, 2, 3, 1).unflatten(-1, (stride, stride, -1))
+        shift = [m + reach - taps + 1 for m in last]
+        return Interleave.apply(apart, x.shape[-1], shift).permute(0, 3, 1, 2)
+
+
+class ToImage(nn.Module):
+    """(B, C * side * side) -> (B, C, side, side) in the layout of images."""
+
+    def __init__(self, channels: int, side: int):
+        super().__init__()
+        self.shape = channels, side, side
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, self.shape).contiguous(memory_format=image_layout(x.device))
+
+
+def window(kernel: int, stride: int) -> tuple[int, int]:
+    """Kernel and padding of a convolution: windows overlap by half at least, and sides divide."""
+    kernel = max(kernel, 2 * stride if stride > 1 else 1)
+    return kernel, (kernel - stride + 1) // 2
 
 
 def encoder(channels: list[int], strides: list[int], kernel: int) -> nn.Sequential:
     """Frames (B, 3, 64, 64) -> (B, channels[-1] * side * side)."""
     blocks = []
     for before, after, stride in zip([3] + channels, channels, strides):
-        conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
-        blocks += [conv, nn.BatchNorm2d(after), nn.SiLU()]
+        size, padding = window(kernel, stride)
+        blocks += [nn.Conv2d(before, after, size, stride, padding), nn.BatchNorm2d(after), nn.SiLU()]
     return nn.Sequential(*blocks, nn.Flatten())
 
 
 def decoder(d_input: int, channels: list[int], strides: list[int], kernel: int, side: int):
     """The encoder mirrored: (B, d_input) -> logits of frames (B, 3, 64, 64)."""
-    padding = (kernel - 1) // 2
     blocks = [
         nn.Linear(d_input, channels[-1] * side * side),
-        nn.Unflatten(1, (channels[-1], side, side)),
+        ToImage(channels[-1], side),
     ]
     for before, after, stride in zip(channels[::-1], channels[-2::-1] + [3], strides[::-1]):
-        extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
-        conv = TransposedConv(before, after, kernel, stride, padding, output_padding=extra)
+        size, padding = window(kernel, stride)
+        extra = stride + 2 * padding - size  # so that the side grows by exactly `stride`
+        conv = TransposedConv(before, after, size, stride, padding, output_padding=extra)
         blocks += [nn.BatchNorm2d(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)
 
@@ -351,27 +408,21 @@ class WorldModel(nn.Module):
     def starts_from_batch(self, batch, z: Tensor, count: int) -> Start:
         """`count` starts spread evenly over the batch just trained on, with its latents (B, L, K).
 
-        The latents are scanned again, without dropout, in pieces with the state carried on; a
-        dream starts at the head of each piece. No frame is encoded a second time.
+        The latents are scanned again, without dropout; a dream starts at the head of each of
+        `count` pieces, from the state that the piece before left. No frame is encoded again.
         """
         B, L = batch.action.shape
         piece = B * L // count
-        token = self.token(z, batch.action)
-        state, d = self.sequence.initial_state(B), token.new_zeros(B, self.sequence.d_model)
-        starts = []
-        for t in range(0, L, piece):
-            starts.append(Start(z[:, t], d, state, batch.first[:, t]))
-            pieces = slice(t, t + piece)
-            out, state = self.sequence(token[:, pieces], state, batch.first[:, pieces])
-            d = out[:, -1]
+        d, states = self.sequence(self.token(z, batch.action), reset=batch.first, every=piece)
+
+        def heads(ends):  # (B, pieces, ...) after each piece -> (count, ...) before each
+            return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1).flatten(0, 1)
+
         return Start(
-            z=torch.cat([start.z for start in starts]),
-            d=torch.cat([start.d for start in starts]),
-            state=tuple(
-                State(*(torch.cat(parts) for parts in zip(*layer)))
-                for layer in zip(*(start.state for start in starts))
-            ),
-            first=torch.cat([start.first for start in starts]),
+            z=z[:, ::piece].flatten(0, 1),
+            d=heads(d[:, piece - 1 :: piece]),
+            state=tuple(State(*map(heads, layer)) for layer in states),
+            first=batch.first[:, ::piece].flatten(),
         )
 
     @torch.no_grad()
@@ -435,10 +486,11 @@ class ReturnRange(nn.Module):
         self.decay = decay
         self.register_buffer("value", torch.zeros(()))
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("quantiles", torch.tensor([0.05, 0.95]), persistent=False)
 
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
-        low, high = torch.quantile(returns.flatten(), returns.new_tensor([0.05, 0.95]))
+        low, high = torch.quantile(returns.flatten(), self.quantiles)
         decay = self.decay * self.seen  # 0 at the first
         self.value.copy_(decay * self.value + (1 - decay) * (high - low))
         self.seen.fill_(1.0)
@@ -525,8 +577,8 @@ class ActorCritic(nn.Module):
     @torch.no_grad()
     def update_slow_critic(self):
         """slow <- decay slow + (1 - decay) critic, once an update."""
-        for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters()):
-            slow.lerp_(fast, 1 - self.slow_decay)
+        slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
+        torch._foreach_lerp_(slow, fast, 1 - self.slow_decay)
 
 
 class Player:
@@ -552,20 +604,24 @@ class Player:
     @torch.no_grad()
     def act(self, frame: Tensor, first: Tensor) -> Tensor:
         """Frames (games, size, size, 3) uint8, first (games,) bool -> actions (games,)."""
-        z = seen = sample(self.model.posterior(self.model.images(frame)))
-        d = torch.where(first[:, None], 0.0, self.d)
-        if self.act_on == "prior":
-            seen = torch.where(first[:, None], z, sample(self.model.prior(d)))
-        action = self.agent.act(seen, d)
-        token = self.model.token(z, action)
-        self.d, self.state = self.model.sequence.step(token, self.state, first)
-        self.history.append((z, action, first))
+        step = self.decide(frame, first, self.d, self.state)
+        (z, action), (self.d, self.state) = step[:2], step[2:]
+        self.history.append((z.clone(), action.clone(), first))
         self.age += 1
         if self.age == 2 * self.half:
             z, past, first = (torch.stack(column, 1) for column in zip(*self.history))
             d, self.state = self.model.sequence(self.model.token(z, past), reset=first)
             self.d, self.age = d[:, -1], self.half
         return action
+
+    def decide(self, frame: Tensor, first: Tensor, d: Tensor, state: tuple[State, ...]):
+        """d_{t-1} and the state that step t-1 left -> z_t, a_t, d_t, state."""
+        z = seen = sample(self.model.posterior(self.model.images(frame)))
+        d = torch.where(first[:, None], 0.0, d)
+        if self.act_on == "prior":
+            seen = torch.where(first[:, None], z, sample(self.model.prior(d)))
+        action = self.agent.act(seen, d)
+        return z, action, *self.model.sequence.step(self.model.token(z, action), state, first)
 
     def state_dict(self) -> dict:
         """All that the next action depends on beside the weights."""
@@ -595,6 +651,11 @@ class LaProp(torch.optim.Optimizer):
     def __init__(self, params, lr: float, betas=(0.9, 0.999), eps=1e-20):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for p, saved in self.state.items():  # in older files k is a plain number
+            saved["step"] = torch.as_tensor(saved["step"], dtype=p.dtype, device=p.device)
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -603,25 +664,25 @@ class LaProp(torch.optim.Optimizer):
                 continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = dict(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-                self.state[p]["step"] += 1
-            k = self.state[params[0]]["step"]
-            b1, b2 = group["betas"]
-            gradient = [p.grad for p in params]
-            m = [self.state[p]["m"] for p in params]
-            v = [self.state[p]["v"] for p in params]
+                    self.state[p] = dict(m=torch.zeros_like(p), v=torch.zeros_like(p),
+                                         step=p.new_zeros(()))
+            gradient, (b1, b2) = [p.grad for p in params], group["betas"]
+            m, v, steps = ([self.state[p][name] for p in params] for name in ("m", "v", "step"))
+            torch._foreach_add_(steps, 1)
+            k = steps[0]  # on the device, for CUDA graphs
             torch._foreach_mul_(v, b2)
             torch._foreach_addcmul_(v, gradient, gradient, value=1 - b2)
-            scale = torch._foreach_div(v, 1 - b2**k)
+            scale = torch._foreach_div(v, -torch.expm1(k * math.log(b2)))  # 1 - b2^k
             torch._foreach_sqrt_(scale)
             torch._foreach_add_(scale, group["eps"])
             torch._foreach_mul_(m, b1)
             torch._foreach_addcdiv_(m, gradient, scale, value=(1 - b1) * group["lr"])
-            torch._foreach_add_(params, m, alpha=-1 / (1 - b1**k))
+            torch._foreach_add_(params, torch._foreach_div(m, torch.expm1(k * math.log(b1))))
 
 
 def make_optimizer(kind: str, groups: list[dict], eps: float) -> torch.optim.Optimizer:
     """`groups` hold params and lr. On a CPU fused Adam makes one pass over the parameters."""
     if kind == "laprop":
         return LaProp(groups, lr=0.0, eps=eps)
-    return torch.optim.Adam(groups, lr=0.0, eps=eps, fused=True)
+    on_cuda = groups[0]["params"][0].device.type == "cuda"
+    return torch.optim.Adam(groups, lr=0.0, eps=eps, fused=True, capturable=on_cuda)

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -41,6 +42,7 @@ import ale_py
 import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -91,6 +93,7 @@ class Settings:
     threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0)
     precision: str = setting("auto", "of large products; auto: bfloat16 where the hardware has it",
                              choices=("auto", "float32", "bfloat16"))
+    graphs: bool = setting(True, "launch each phase as one CUDA graph; elsewhere there are none")
     replay_device: str = setting("auto", "where frames are kept; auto: as device", choices=DEVICES)
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
@@ -106,7 +109,7 @@ class Settings:
     # World model
     channels: tuple = setting((16, 32, 48, 64, 64), "filters of the encoder's convolutions (code)")
     strides: tuple = setting((1, 2, 2, 2, 2), "their strides, pixels (code)")
-    kernel: int = setting(5, "their kernel, pixels (code)")
+    kernel: int = setting(5, "their kernel, pixels, or twice the stride if that is more (code)")
     groups: int = setting(32, "categoricals of the latent (paper)")
     classes: int = setting(32, "classes of each (paper)", low=2)
     backbone: str = setting("mamba2", "sequence layers (paper)", choices=("mamba2", "mamba"))
@@ -174,7 +177,8 @@ PRESETS = {
         optimizer="adam", model_rate=1e-3, agent_rate=1e-3, eps=1e-8, warmup_updates=4,
         log_every=1, eval_episodes=2, precision="float32"),
 }
-MAY_CHANGE = ("steps", "device", "threads", "replay_device", "save_minutes", "eval_episodes")
+MAY_CHANGE = ("steps", "device", "threads", "graphs", "replay_device", "save_minutes",
+              "eval_episodes")
 
 
 def flag(name: str) -> str:
@@ -211,9 +215,9 @@ def check(s: Settings):
     if len(s.channels) != len(s.strides) or 64 % math.prod(s.strides):
         raise Mistake("--channels and --strides need one number for each convolution, and the "
                       "product of the strides must divide 64.")
-    if any((s.kernel - stride) % 2 and stride == 1 or s.kernel < stride for stride in s.strides):
-        raise Mistake(f"--kernel {s.kernel} does not fit --strides {s.strides}: it must be no "
-                      "smaller than any of them, and odd where one is 1.")
+    if s.kernel % 2 == 0 and 1 in s.strides:
+        raise Mistake(f"--kernel {s.kernel} does not fit --strides {s.strides}: it must be odd where "
+                      "one of them is 1.")
     if s.backbone == "mamba2" and 2 * s.d_model % s.head_dim:
         raise Mistake(f"--head-dim {s.head_dim} does not divide twice --d-model {s.d_model}.")
 
@@ -408,7 +412,62 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
 def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior") -> Player:
     """A player whose state grows no older than any that was trained (T4)."""
     oldest = s.length if s.dream_from == "batch" else 2 * s.context
-    return Player(model, agent, games, oldest, act_on)
+    player = Player(model, agent, games, oldest, act_on)
+    if s.graphs and player.d.device.type == "cuda":
+        player.decide = Graph(player.decide)
+    return player
+
+
+def copy_of(value):
+    """The same nested tuple with copies of its tensors."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    parts = map(copy_of, value)
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def tensors_in(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in tensors_in(part)]
+
+
+class Graph:
+    """A function of tensors, recorded on a CUDA GPU and from then on launched as a whole.
+
+    A GPU is done with a small kernel before Python has launched the next. What is recorded is a
+    list of kernels with their addresses: so shapes are fixed, inputs are copied to where they
+    were, the outputs of a call are overwritten by the next, and nothing inside may look at a
+    number. Random numbers follow torch.manual_seed as ever. The first calls run as they are.
+    """
+
+    WARM = 3
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls <= self.WARM:
+            return self.beside(inputs)
+        if self.graph is None:
+            self.inputs = copy_of(inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        if inputs:
+            torch._foreach_copy_(tensors_in(self.inputs), tensors_in(inputs))
+        self.graph.replay()
+        return self.outputs
+
+    def beside(self, inputs):
+        """Call it on a stream of its own, as recording will: libraries prepare there."""
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            outputs = self.function(*inputs)
+        current.wait_stream(stream)
+        return outputs
 
 
 class Run:
@@ -433,12 +492,21 @@ class Run:
             + [dict(params=balance, rate=s.balance_rate)] * bool(balance), eps)
         self.agent_optimizer = make_optimizer(
             s.optimizer, [dict(params=learning, rate=s.agent_rate)], eps)
+        self.graphed, self.graphs = s.graphs and device.type == "cuda", {}
         self.player = None  # plays once the random steps are over
         self.step = self.episode = self.updates = self.skipped = self.skipped_in_a_row = 0
         self.seconds, self.score, self.episode_length = 0.0, 0.0, 0
         self.sums, self.counted = {}, 0  # of metrics, since the last row
         self.logs = dict(metrics="", episodes="")  # the text of both tables
         self.frame = self.game.reset(episode_seeds(s.seed, 0, "reset"))  # what is seen now
+
+    def phase(self, function, *inputs, rates_settled: bool = True):
+        """function(run, *inputs), from a CUDA graph where that is possible."""
+        if self.graphed and rates_settled:  # a graph would freeze them
+            if function not in self.graphs:
+                self.graphs[function] = Graph(functools.partial(function, self))
+            return self.graphs[function](*inputs)
+        return function(self, *inputs)
 
     def autocast(self):
         """Large products in bfloat16 where settled so; scans and losses stay in float32."""
@@ -449,44 +517,56 @@ class Run:
 # ---------------------------------------------------------------- training
 
 
-def optimise(module, optimizer, loss, clip: float, progress: float, buffers: list):
-    """One step down the gradient -> (gradient norm before clipping, whether the step was taken).
+def gradient(optimizer, loss, clip: float):
+    """Gradients of a loss, clipped -> (their norm before that, whether loss and norm are finite).
 
-    `progress` scales the rates while they warm up. The learnt loss weights, a group of their
-    own, are left out of the norm. If loss or norm is not finite no step is taken and `buffers`,
-    the module's running statistics as they were before the loss, are put back.
+    The learnt loss weights, a group of their own, are left out of the norm.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     weights, *rest = (group["params"] for group in optimizer.param_groups)
     norm = torch.nn.utils.clip_grad_norm_(weights, clip)
     norm = norm + 0 * sum(p.grad.sum() for params in rest for p in params)  # NaN if they are
-    finite = bool(torch.isfinite(loss.detach() + norm))  # the one wait for the device
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * progress
-        optimizer.step()
-    else:
-        for buffer, before in zip(module.buffers(), buffers):
-            buffer.copy_(before)
-    return norm, finite
+    return norm, torch.isfinite(loss.detach() + norm)
 
 
-def learn_world(run: Run, batch: Batch, progress: float):
-    """One update of the world model -> (latents just drawn, metrics, whether it was taken)."""
+def take_step(module, optimizer, finite: Tensor, before: list, progress: float, step) -> bool:
+    """Call `step` if the gradients are finite; else put back the module's buffers of `before`.
+
+    `progress` scales the rates while they warm up.
+    """
+    if not finite:  # the one wait for the device
+        for buffer, value in zip(module.buffers(), before):
+            buffer.copy_(value)
+        return False
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * progress
+    step()
+    return True
+
+
+# One update is five phases of fixed shapes, in which nothing waits for the device.
+
+
+def world_gradient(run: Run, batch: Batch):
+    """Phase 1: loss and gradients of the world model, and the latents just drawn."""
     before = [buffer.clone() for buffer in run.model.buffers()]
     run.model.train()
     with run.autocast():
         loss, metrics, z = run.model.loss(batch)
-    metrics["model_norm"], taken = optimise(
-        run.model, run.model_optimizer, loss, run.settings.model_clip, progress, before)
+    norm, finite = gradient(run.model_optimizer, loss, run.settings.model_clip)
     run.model.eval()
-    return z, metrics, taken
+    return z, metrics | dict(model_norm=norm), finite, before
+
+
+def world_step(run: Run):
+    """Phase 2."""
+    run.model_optimizer.step()
 
 
 @torch.no_grad()
-def dream_on(run: Run, batch: Batch, z) -> Dream:
-    """Dreams that start in the model's batch, or else at the end of every context in `batch`."""
+def imagine(run: Run, batch: Batch, z) -> Dream:
+    """Phase 3: dreams that start in the model's batch, or else after every context in `batch`."""
     s, model = run.settings, run.model
     with run.autocast():
         start = (model.starts_from_contexts(batch) if s.dream_from == "contexts"
@@ -494,15 +574,38 @@ def dream_on(run: Run, batch: Batch, z) -> Dream:
         return model.imagine(start, s.horizon, lambda t, z, d: run.agent.act(z, d))
 
 
-def learn_to_act(run: Run, dream: Dream, progress: float):
-    """One update of actor and critic -> (metrics, whether it was taken)."""
+def agent_gradient(run: Run, dream: Dream):
+    """Phase 4: loss and gradients of actor and critic."""
     before = [buffer.clone() for buffer in run.agent.buffers()]
     with run.autocast():
         loss, metrics = run.agent.loss(dream)
-    metrics["agent_norm"], taken = optimise(
-        run.agent, run.agent_optimizer, loss, run.settings.agent_clip, progress, before)
-    if taken:
-        run.agent.update_slow_critic()
+    norm, finite = gradient(run.agent_optimizer, loss, run.settings.agent_clip)
+    return metrics | dict(agent_norm=norm), finite, before
+
+
+def agent_step(run: Run):
+    """Phase 5."""
+    run.agent_optimizer.step()
+    run.agent.update_slow_critic()
+
+
+def learn_world(run: Run, batch: Batch, progress: float):
+    """One update of the world model -> (latents just drawn, metrics, whether it was taken)."""
+    z, metrics, finite, before = run.phase(world_gradient, batch)
+    taken = take_step(run.model, run.model_optimizer, finite, before, progress,
+                      lambda: run.phase(world_step, rates_settled=progress == 1))
+    return z, metrics, taken
+
+
+def dream_on(run: Run, batch: Batch, z) -> Dream:
+    return run.phase(imagine, batch, z)
+
+
+def learn_to_act(run: Run, dream: Dream, progress: float):
+    """One update of actor and critic -> (metrics, whether it was taken)."""
+    metrics, finite, before = run.phase(agent_gradient, dream)
+    taken = take_step(run.agent, run.agent_optimizer, finite, before, progress,
+                      lambda: run.phase(agent_step, rates_settled=progress == 1))
     return metrics, taken
 
 

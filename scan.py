@@ -76,8 +76,10 @@ def s6_sequential(x, dt, A, B, C, D, state=None, reset=None):
     return torch.stack(y, 1), h
 
 
-def s6(x, dt, A, B, C, D, state=None, reset=None):
+def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
     """The same in parallel: a loop over the steps of one block takes all blocks along at once.
+
+    `every` asks for the state after each piece of so many steps, (B, L / every, W, N).
 
     1. Every block from a zero state, for its last state alone.   (left out if there is one block)
     2. A loop over the blocks chains these to the state in which each block really starts.
@@ -87,15 +89,16 @@ def s6(x, dt, A, B, C, D, state=None, reset=None):
     """
     x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
     state = x.new_zeros(len(x), *A.shape) if state is None else state.to(x.dtype)
-    return S6.apply(x, dt, A, B, C, D, state, reset)
+    y, states = S6.apply(x, dt, A, B, C, D, state, reset, every)
+    return y, states if every else states[:, -1]
 
 
-def s6_plan(batch, length, width, N, device):
+def s6_plan(batch, length, width, N, device, every=None):
     """How the work is cut up: (K blocks, Q steps of each, steps from one kept state to the next,
     tiles of rows and channels). The one place that knows what a device likes."""
     cpu = device.type == "cpu"
     # Launches cost on a GPU: the loops over Q steps and over K blocks are kept about equally long.
-    longest = 128 if cpu else min(128, max(16, 2 ** round(math.log2(length) / 2)))
+    longest = every or (128 if cpu else min(128, max(16, 2 ** round(math.log2(length) / 2))))
     K = -(-length // longest)
     # On a CPU the arrays of one step should stay in the caches of its cores: 2^18 numbers are 1 MB.
     # A GPU wants large kernels, but buffers that fit.
@@ -133,9 +136,10 @@ class S6(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, dt, A, B, C, D, state, reset):
+    def forward(ctx, x, dt, A, B, C, D, state, reset, every):
         (batch, length, W), N = x.shape, A.shape[1]
-        ctx.plan = K, Q, keep, tiles = s6_plan(batch, length, W, N, x.device)
+        ctx.plan = K, Q, keep, tiles = s6_plan(batch, length, W, N, x.device, every)
+        ctx.every = every
         _, fade, write, A_t, B_k, C_k = S6.blocks(ctx, x, dt, A, B, C, reset)
         kept = x.new_empty(-(-Q // keep), batch * K, N, W)
         starts = kept[0].view(batch, K, N, W)
@@ -173,7 +177,8 @@ class S6(torch.autograd.Function):
             ends[rows, :, channels] = h[q]
         ctx.save_for_backward(x, dt, A, B, C, D, reset, kept)
         y = y.view(batch, K * Q, W)[:, :length].addcmul(x, D)
-        return y, ends.view(batch, K, N, W)[:, -1].transpose(1, 2).contiguous()
+        states = ends.view(batch, K, N, W) if every else ends.view(batch, K, N, W)[:, -1:]
+        return y, states.transpose(2, 3).contiguous()
 
     @staticmethod
     def buffers(like, *counts):
@@ -182,7 +187,7 @@ class S6(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx, gy, gstate):
+    def backward(ctx, gy, gstates):
         x, dt, A, B, C, D, reset, kept = ctx.saved_tensors
         (batch, length, W), N = x.shape, A.shape[1]
         K, Q, keep, tiles = ctx.plan
@@ -190,7 +195,7 @@ class S6(torch.autograd.Function):
         gy_k = in_blocks(gy, K, Q)
         gends = x.new_empty(batch * K, N, W)  # of the last state of a block; later of the first
         gends_k = gends.view(batch, K, N, W)
-        gends_k[:, -1] = gstate.transpose(1, 2)
+        gends_k[:, -1] = gstates[:, -1].transpose(1, 2)
         if K > 1:
             gstarts = torch.empty_like(gends)
             for rows, channels in tiles:  # 1. what each block alone passes back to its first state
@@ -206,6 +211,8 @@ class S6(torch.autograd.Function):
             gstarts = gstarts.view_as(gends_k)
             for k in range(K - 1, 0, -1):  # 2. the gradient of the last state of every block
                 torch.addcmul(gstarts[:, k], through[:, k], gends_k[:, k], out=gends_k[:, k - 1])
+                if ctx.every:
+                    gends_k[:, k - 1] += gstates[:, k - 1].transpose(1, 2)
         gwrite, gdt = torch.empty_like(write), torch.empty_like(write)
         gA, gB, gC = torch.zeros_like(A_t), torch.zeros_like(B_k), torch.zeros_like(C_k)
         for rows, channels in tiles:  # 3. a few states at a time, forwards, then their gradients
@@ -240,7 +247,7 @@ class S6(torch.autograd.Function):
         gx = torch.addcmul(gy * D, gwrite, dt)
         gdt = torch.addcmul(gdt, gwrite, x)
         gD = (gy * x).sum((0, 1))
-        return gx, gdt, gA.t(), gB, gC, gD, gends_k[:, 0].transpose(1, 2), None
+        return gx, gdt, gA.t(), gB, gC, gD, gends_k[:, 0].transpose(1, 2), None, None
 
 
 # ---- Mamba-2's scan (SSD) ------------------------------------------------------------------------
@@ -257,28 +264,30 @@ def ssd_sequential(x, dt, A, B, C, D, state=None, reset=None):
             h = torch.where(reset[:, t, None, None, None], 0, h)
         write = (dt[:, t, :, None] * x[:, t])[..., None]  # (B, H, P, 1)
         h = torch.exp(dt[:, t] * A)[..., None, None] * h  # (B, H, P, N)
-        h = torch.addcmul(h, write, B[:, t, None, None])  # h + dt x B^T
-        y.append((h * C[:, t, None, None]).sum(-1) + D[:, None] * x[:, t])  # (B, H, P)
+        h.addcmul_(write, B[:, t, None, None])  # h + dt x B^T
+        read = h.flatten(1, 2) @ C[:, t, :, None]  # (B, H P, 1)
+        y.append(torch.addcmul(read.view_as(x[:, t]), D[:, None], x[:, t]))  # (B, H, P)
     return torch.stack(y, 1), h
 
 
-def ssd(x, dt, A, B, C, D, state=None, reset=None):
+def ssd(x, dt, A, B, C, D, state=None, reset=None, every=None):
     """The same in parallel. One decay for a whole head makes a block of Q steps a matrix product.
 
     y_j = sum_i (C_j . B_i) exp(s_j - s_i) dt_i x_i, i <= j, with s the running sum of dt A: a
     (Q, Q) matrix times the inputs. The state in which the block starts acts like N more inputs, of
     weights C_j exp(s_j), so that one product of a (Q, Q + N) matrix gives the outputs. Between
     blocks only the states pass. The backward pass is the same with every matrix transposed; what
-    is kept for it are inputs and first states, not the matrices.
+    is kept for it are inputs and first states, not the matrices. `every` as in s6.
     """
     x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
     state = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(x.dtype)
-    return SSD.apply(x, dt, A, B, C, D, state, reset)
+    y, states = SSD.apply(x, dt, A, B, C, D, state, reset, every)
+    return y, states if every else states[:, -1]
 
 
-def ssd_plan(length, device):
+def ssd_plan(length, device, every=None):
     """(K blocks, Q steps of each): the matrices cost Q, the states 1 / Q, the loop K."""
-    longest = 32 if device.type == "cpu" else 64
+    longest = every or (32 if device.type == "cpu" else 64)
     K = -(-length // longest)
     return K, -(-length // K)
 
@@ -314,9 +323,9 @@ class SSD(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx, x, dt, A, B, C, D, state, reset):
+    def forward(ctx, x, dt, A, B, C, D, state, reset, every):
         (batch, length, H, P), N = x.shape, B.shape[-1]
-        K, Q = ssd_plan(length, x.device)
+        K, Q = ssd_plan(length, x.device, every)
         dt = SSD.split(dt, K, Q).transpose(2, 3).contiguous()  # (K, B, H, Q)
         B, C = SSD.split(B, K, Q).contiguous(), SSD.split(C, K, Q).contiguous()  # (K, B, Q, N)
         segment = None
@@ -341,14 +350,15 @@ class SSD(torch.autograd.Function):
         torch.mul(C.transpose(2, 3)[:, :, None], enter[..., None, :], out=weights[..., Q:, :])
         y = weights.transpose(3, 4) @ inputs[:K]  # (K, B, H, Q, P)
         ctx.save_for_backward(dt, A, B, C, D, segment, inputs)
-        ctx.length = length
+        ctx.length, ctx.every = length, every
+        states = inputs[1:, ..., Q:, :] if every else inputs[K:, ..., Q:, :]  # (K or 1, B, H, N, P)
         return (SSD.join(y.transpose(2, 3), length).contiguous(),
-                inputs[K, ..., Q:, :].transpose(2, 3).contiguous())
+                states.transpose(0, 1).transpose(3, 4).contiguous())
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx, gy, gstate):
+    def backward(ctx, gy, gstates):
         dt, A, B, C, D, segment, inputs = ctx.saved_tensors
         (K, batch, H, Q), N, P = dt.shape, B.shape[-1], inputs.shape[-1]
         inputs = inputs[:K]
@@ -356,12 +366,14 @@ class SSD(torch.autograd.Function):
         # 1. The gradients of a block's outputs and, below them, of the state that it hands on.
         gouts = gy.new_empty(K, batch, H, Q + N, P)
         gouts[..., :Q, :] = SSD.split(gy, K, Q).transpose(2, 3)
-        gouts[-1, ..., Q:, :] = gstate.transpose(2, 3)
+        gouts[-1, ..., Q:, :] = gstates[:, -1].transpose(2, 3)
         # 2. The chain of states, backwards.
         read = C[:, :, None] * enter[..., None]  # (K, B, H, Q, N)
         gadded = read.transpose(3, 4) @ gouts[..., :Q, :]  # (K, B, H, N, P)
         for k in range(K - 1, 0, -1):
             torch.addcmul(gadded[k], through[k], gouts[k, ..., Q:, :], out=gouts[k - 1, ..., Q:, :])
+            if ctx.every:
+                gouts[k - 1, ..., Q:, :] += gstates[:, k - 1].transpose(2, 3)
         gfirst = torch.addcmul(gadded[0], through[0], gouts[0, ..., Q:, :])
         # 3. The gradients of the inputs.
         scores = (B @ C.transpose(2, 3))[:, :, None]  # (K, B, 1, Q, Q)
@@ -393,7 +405,7 @@ class SSD(torch.autograd.Function):
         gB = gscores @ C + (gwrite * (leave * dt)[..., None]).sum(2)
         gC = gscores.transpose(2, 3) @ B + (gread * enter[..., None, :]).sum(2).transpose(2, 3)
         gdt, gB, gC = (SSD.join(g, ctx.length) for g in (gdt.transpose(2, 3), gB, gC))
-        return gx, gdt, gA, gB, gC, gD, gfirst.transpose(2, 3), None
+        return gx, gdt, gA, gB, gC, gD, gfirst.transpose(2, 3), None, None
 
 
 # ---- The layers ----------------------------------------------------------------------------------
@@ -415,32 +427,39 @@ class State(NamedTuple):
     scan: Tensor  # Mamba (B, W, N), Mamba2 (B, H, P, N)
 
 
-def causal_conv(x, conv1d, past, reset=None):
+def causal_conv(x, conv1d, past, reset=None, every=None):
     """Depthwise convolution and SiLU. x (B, L, channels), past (B, channels, d_conv - 1).
 
     Written as d_conv shifted products: a tap that reaches behind a reset is then easily left out.
     """
     length, reach = x.shape[1], past.shape[2]
+    piece = every or length
     seen = torch.cat([past.transpose(1, 2), x], 1)  # (B, d_conv - 1 + L, channels)
-    now, last = seen[:, reach:], seen[:, length:]  # last (B, d_conv - 1, channels)
+    now = seen[:, reach:]
+    last = seen[:, piece:].unfold(1, reach, piece)  # (B, L / piece, channels, d_conv - 1)
     if reset is not None:  # two steps see each other if as many resets have come before
         number = F.pad(reset.int(), (reach, 0)).cumsum(1)[..., None]  # (B, d_conv - 1 + L, 1)
-        last = torch.where(number[:, length:] == number[:, -1:], last, 0)
+        numbers = number[:, piece:].unfold(1, reach, piece)
+        last = torch.where(numbers == numbers[..., -1:], last, 0)
     y = torch.addcmul(conv1d.bias, now, conv1d.weight[:, 0, reach])
     for tap in range(reach):
         earlier = seen[:, tap:tap + length]
         if reset is not None:
             earlier = torch.where(number[:, tap:tap + length] == number[:, reach:], earlier, 0)
         y = torch.addcmul(y, earlier, conv1d.weight[:, 0, tap])  # (B, L, channels)
-    return F.silu(y), last.transpose(1, 2)
+    return F.silu(y), last if every else last[:, 0]
 
 
 def causal_conv_step(x_t, conv1d, past, reset=None):
     """One step of it. x_t (B, channels), past (B, channels, d_conv - 1)."""
+    past = past.transpose(1, 2)  # as it lies in memory
     if reset is not None:
         past = torch.where(reset[:, None, None], 0, past)
-    seen = torch.cat([past, x_t[..., None]], 2)  # (B, channels, d_conv)
-    return F.silu((seen * conv1d.weight[:, 0]).sum(2) + conv1d.bias), seen[..., 1:]
+    seen = torch.cat([past, x_t[:, None]], 1)  # (B, d_conv, channels)
+    y = conv1d.bias
+    for tap in range(seen.shape[1]):
+        y = torch.addcmul(y, seen[:, tap], conv1d.weight[:, 0, tap])  # (B, channels)
+    return F.silu(y), seen[:, 1:].transpose(1, 2)
 
 
 def initial_step_bias(count):
@@ -476,12 +495,12 @@ class Mamba(nn.Module):
         zeros = functools.partial(torch.zeros, device=device or self.D.device)
         return State(zeros((batch, channels, d_conv - 1)), zeros((batch, *self.A_log.shape)))
 
-    def forward(self, u, state=None, reset=None):
+    def forward(self, u, state=None, reset=None, every=None):
         """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
         before = self.initial_state(len(u)) if state is None else state
         x, z = self.in_proj(u).chunk(2, -1)  # (B, L, W)
-        x, conv = causal_conv(x, self.conv1d, before.conv, reset)  # (B, L, W)
-        y, scan = s6(*self.scan_inputs(x), before.scan, reset)  # (B, L, W)
+        x, conv = causal_conv(x, self.conv1d, before.conv, reset, every)  # (B, L, W)
+        y, scan = s6(*self.scan_inputs(x), before.scan, reset, every)  # (B, L, W)
         return self.out_proj(y * F.silu(z)), State(conv, scan)
 
     def step(self, u_t, state, reset=None):
@@ -529,12 +548,12 @@ class Mamba2(nn.Module):
         zeros = functools.partial(torch.zeros, device=device or self.D.device)
         return State(zeros((batch, channels, d_conv - 1)), zeros((batch, heads, self.head_dim, N)))
 
-    def forward(self, u, state=None, reset=None):
+    def forward(self, u, state=None, reset=None, every=None):
         """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
         before = self.initial_state(len(u)) if state is None else state
         z, xBC, dt = self.projections(u)  # (B, L, W), (B, L, W + 2 N), (B, L, H)
-        xBC, conv = causal_conv(xBC, self.conv1d, before.conv, reset)  # (B, L, W + 2 N)
-        y, scan = ssd(*self.scan_inputs(xBC, dt), before.scan, reset)  # (B, L, H, P)
+        xBC, conv = causal_conv(xBC, self.conv1d, before.conv, reset, every)  # (B, L, W + 2 N)
+        y, scan = ssd(*self.scan_inputs(xBC, dt), before.scan, reset, every)  # (B, L, H, P)
         return self.out_proj(self.norm(y.flatten(2) * F.silu(z))), State(conv, scan)
 
     def step(self, u_t, state, reset=None):
@@ -571,8 +590,8 @@ class ResidualLayer(nn.Module):
         self.mixer = mixer
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, u, state=None, reset=None):
-        y, state = self.mixer(self.norm(u), state, reset)
+    def forward(self, u, state=None, reset=None, every=None):
+        y, state = self.mixer(self.norm(u), state, reset, every)
         return u + self.dropout(y), state
 
     def step(self, u_t, state, reset=None):
@@ -603,12 +622,16 @@ class SequenceModel(nn.Module):
     def initial_state(self, batch):
         return tuple(layer.mixer.initial_state(batch) for layer in self.layers)
 
-    def forward(self, inputs, state=None, reset=None):
-        """inputs (B, L, d_input), reset (B, L) -> d (B, L, d_model), a state for each layer"""
+    def forward(self, inputs, state=None, reset=None, every=None):
+        """inputs (B, L, d_input), reset (B, L) -> d (B, L, d_model), a state for each layer.
+
+        The states are those after the last step; or, (B, L / every, ...), those after each piece
+        of `every` steps, which must divide L.
+        """
         before = self.initial_state(len(inputs)) if state is None else state
         u, after = self.stem(inputs), []  # (B, L, d_model)
         for layer, layer_state in zip(self.layers, before):
-            u, layer_state = layer(u, layer_state, reset)  # (B, L, d_model)
+            u, layer_state = layer(u, layer_state, reset, every)  # (B, L, d_model)
             after.append(layer_state)
         return self.norm(u), tuple(after)
 
