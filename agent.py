@@ -529,6 +529,10 @@ class ActorCritic(nn.Module):
         """s_t (..., F) -> pi (..., A): one and the same in play, dream, loss and evaluation."""
         return mixed_softmax(self.actor(features), self.floor)
 
+    def value(self, z: Tensor, d: Tensor) -> Tensor:
+        """z_t (N, K), d_{t-1} (N, D) -> v(s_t) (N,)."""
+        return self.two_hot.mean(self.critic(self.features(z, d)))
+
     def act(self, z: Tensor, d: Tensor) -> Tensor:
         """z_t (N, K), d_{t-1} (N, D) -> sampled actions (N,); nothing is ever greedy."""
         return sample(self.policy(self.features(z, d)))

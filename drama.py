@@ -3,6 +3,7 @@
     python drama.py --game Breakout             learn; the same line again goes on where it stopped
     python drama.py --eval runs/Breakout-s0     play 20 episodes and print the scores
     python drama.py --watch runs/Breakout-s0    film an episode
+    python drama.py --model-check runs/Breakout-s0      compare its dreams with the game
 
 This file is all that runs: settings, game, the training loop, evaluation, pictures, saving and
 the command line. What learns is in agent.py (the time index of every step t is drawn there),
@@ -32,10 +33,13 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
-# Both are read by torch when it is imported. Threads that wait for each other spin for a moment
-# only: left to spin, they double or triple an update as soon as another program wants a core.
+# Read by torch when it is imported. Threads that wait for each other spin for a moment only: left
+# to spin, they double or triple an update as soon as another program wants a core. Large tensors
+# lie in huge pages, of which the system clears and finds one in the time of a small one.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import ale_py
@@ -46,7 +50,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from agent import ActorCritic, Dream, Player, WorldModel, make_optimizer
+from agent import ActorCritic, Dream, Player, WorldModel, kl_divergence, make_optimizer
 from buffer import Batch, Replay
 
 if os.name == "posix":
@@ -409,13 +413,8 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
     return model.to(device).eval(), agent.to(device).eval()
 
 
-def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior") -> Player:
-    """A player whose state grows no older than any that was trained (T4)."""
-    oldest = s.length if s.dream_from == "batch" else 2 * s.context
-    player = Player(model, agent, games, oldest, act_on)
-    if s.graphs and player.d.device.type == "cuda":
-        player.decide = Graph(player.decide)
-    return player
+def has_graphs(s: Settings, device: torch.device) -> bool:
+    return s.graphs and device.type == "cuda"
 
 
 def copy_of(value):
@@ -470,6 +469,15 @@ class Graph:
         return outputs
 
 
+def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior") -> Player:
+    """A player whose state grows no older than any that was trained (T4)."""
+    oldest = s.length if s.dream_from == "batch" else 2 * s.context
+    player = Player(model, agent, games, oldest, act_on)
+    if has_graphs(s, player.d.device):
+        player.decide = Graph(player.decide)
+    return player
+
+
 class Run:
     """Everything a run consists of: what is trained, saved and restored."""
 
@@ -492,7 +500,7 @@ class Run:
             + [dict(params=balance, rate=s.balance_rate)] * bool(balance), eps)
         self.agent_optimizer = make_optimizer(
             s.optimizer, [dict(params=learning, rate=s.agent_rate)], eps)
-        self.graphed, self.graphs = s.graphs and device.type == "cuda", {}
+        self.graphs = {}  # phase -> its CUDA graph
         self.player = None  # plays once the random steps are over
         self.step = self.episode = self.updates = self.skipped = self.skipped_in_a_row = 0
         self.seconds, self.score, self.episode_length = 0.0, 0.0, 0
@@ -502,7 +510,7 @@ class Run:
 
     def phase(self, function, *inputs, rates_settled: bool = True):
         """function(run, *inputs), from a CUDA graph where that is possible."""
-        if self.graphed and rates_settled:  # a graph would freeze them
+        if has_graphs(self.settings, self.device) and rates_settled:  # or it would freeze them
             if function not in self.graphs:
                 self.graphs[function] = Graph(functools.partial(function, self))
             return self.graphs[function](*inputs)
@@ -983,12 +991,9 @@ PICTURE_CONTEXT, PICTURE_STEPS = 5, 16
 
 
 @torch.no_grad()
-def dream_picture(run: Run) -> np.ndarray:
+def dream_picture(model: WorldModel, batch: Batch) -> np.ndarray:
     """Real frames; their reconstructions; an open-loop dream of the same actions after five."""
-    model, context = run.model, PICTURE_CONTEXT
-    rng = randomness(run.settings.seed, run.step, "picture")
-    window = rng.integers(run.replay.length - PICTURE_STEPS + 1, size=1)
-    batch = run.replay.windows(window, PICTURE_STEPS, run.device)
+    context = PICTURE_CONTEXT
     real = model.images(batch.frame)  # (16, 3, 64, 64)
     rebuilt = model.decode(model.posterior(real).argmax(-1))
     start = model.starts_from_contexts(Batch(*(part[:, :context] for part in batch)))
@@ -1003,6 +1008,259 @@ def dream_picture(run: Run) -> np.ndarray:
             pixels[context, :, 0] = 255, 0, 0
         rows.append(np.concatenate([label(text, pixels.shape[1]), *pixels], 1))
     return np.concatenate(rows).repeat(2, 0).repeat(2, 1)
+
+
+def picture_of(run: Run) -> np.ndarray:
+    """The dream of the present model from somewhere in the replay."""
+    rng = randomness(run.settings.seed, run.step, "picture")
+    window = rng.integers(run.replay.length - PICTURE_STEPS + 1, size=1)
+    return dream_picture(run.model, run.replay.windows(window, PICTURE_STEPS, run.device))
+
+
+# ---------------------------------------------------------------- what the model has learnt
+
+
+class Played(NamedTuple):
+    """An episode as it was played, (steps, ...) each, with what model and critic made of it."""
+
+    frame: np.ndarray  # O_t
+    action: np.ndarray
+    reward: np.ndarray
+    terminal: np.ndarray
+    kl: np.ndarray  # nats, of q(z_t) from the prior of the play state
+    value: np.ndarray  # v(s_t)
+    age: np.ndarray  # steps that the play state had seen
+
+
+CHECK_EPISODES, CHECK_LIMIT = 5, 2000  # and steps of each
+
+
+@torch.no_grad()
+def play_to_check(s: Settings, player: Player, device) -> list[Played]:
+    """Fresh episodes side by side, with seeds that neither training nor evaluation uses."""
+    model, agent = player.model, player.agent
+    game = Game(s.game, CHECK_EPISODES)
+    frame = game.reset(episode_seeds(s.seed, 2, "test", CHECK_EPISODES))
+    over, first = np.zeros(CHECK_EPISODES, bool), torch.ones(CHECK_EPISODES, dtype=torch.bool)
+    steps, lengths = [], np.zeros(CHECK_EPISODES, int)
+    with show_progress(desc="playing", total=CHECK_LIMIT) as bar:
+        while not over.all() and len(steps) < CHECK_LIMIT:
+            randomness(s.seed, len(steps), "test")
+            seen, d, age = torch.from_numpy(frame).to(device), player.d, player.age
+            d = torch.where(first[:, None].to(device), 0.0, d)
+            kl = kl_divergence(model.posterior(model.images(seen)), model.prior(d))
+            action = player.act(seen, first.to(device)).cpu().numpy()
+            z = player.history[-1][0] if player.history else None
+            value = agent.value(z, d)
+            before, lengths = frame, lengths + ~over
+            frame, reward, terminal, done = game.step(action)
+            steps.append((before, action, reward, terminal, kl.cpu().numpy(), value.cpu().numpy(),
+                          np.full(CHECK_EPISODES, age)))
+            over, first = over | done, torch.zeros_like(first)
+            bar.update()
+    columns = [np.stack(column, 1) for column in zip(*steps)]  # (episodes, steps, ...)
+    return [Played(*(column[i, :n] for column in columns)) for i, n in enumerate(lengths)]
+
+
+class Compared(NamedTuple):
+    """N dreams of the recorded actions, some steps after they began, and what happened then."""
+
+    image: Tensor  # (N, 3, 64, 64), as are the next four
+    before: Tensor  # a step earlier
+    dreamt: Tensor
+    dreamt_before: Tensor
+    opening: Tensor  # where the dream began
+    reward: Tensor  # (N,), as are all below: what the last step earned
+    dreamt_reward: Tensor
+    end: Tensor
+    dreamt_end: Tensor
+    kl: Tensor  # of q(z | image) from the dream's prior
+
+
+DREAMT = (1, 5, 15)  # steps into a dream
+EVERY, AT_MOST, AT_ONCE = 4, 512, 32  # steps between dreams; dreams; and how many of them together
+
+
+@torch.no_grad()
+def dream_beside(player: Player, episodes: list[Played], device) -> dict[int, Compared]:
+    """Dreams that begin all along the episodes, after half a window of real frames."""
+    model, context, horizon = player.model, player.half, max(DREAMT)
+    length = context + 1 + horizon
+    windows = [(episode, slice(start, start + length)) for episode in episodes
+               for start in range(0, len(episode.action) - length + 1, EVERY)]
+    windows = windows[:: max(1, -(-len(windows) // AT_MOST))]
+    parts = {k: [] for k in DREAMT}
+    for few in (windows[i : i + AT_ONCE] for i in range(0, len(windows), AT_ONCE)):
+        real = stacked([Batch(e.frame[span], e.action[span], e.reward[span], e.terminal[span],
+                              np.arange(span.start, span.stop) == 0) for e, span in few], device)
+        start = model.starts_from_contexts(Batch(*(part[:, : context + 1] for part in real)))
+        dream = model.imagine(start, horizon, lambda t, z, d: real.action[:, context + t])
+        for k in DREAMT:
+            image, before, opening = (model.images(real.frame[:, context + i]) for i in (k, k - 1, 0))
+            kl = kl_divergence(model.posterior(image), model.prior(dream.d[k]))
+            parts[k].append(Compared(
+                image, before, model.decode(dream.z[k]), model.decode(dream.z[k - 1]), opening,
+                real.reward[:, context + k - 1], dream.reward[k - 1],
+                real.terminal[:, context + k - 1], dream.end[k - 1], kl))
+    return {k: Compared(*map(torch.cat, zip(*part))) for k, part in parts.items() if part}
+
+
+def stacked(windows: list[Batch], device) -> Batch:
+    """Windows of numpy arrays -> a batch of tensors."""
+    types = (np.uint8, np.int64, np.float32, np.float32, bool)
+    return Batch(*(torch.from_numpy(np.stack(parts).astype(kind)).to(device)
+                   for parts, kind in zip(zip(*windows), types)))
+
+
+def figures(c: Compared) -> dict[str, float]:
+    """What --model-check prints of dreams; NaN where there was nothing to be seen."""
+
+    def rms(error):  # of 255
+        return 255 * error.mean().sqrt().item()
+
+    def recall_and_precision(name, real, guess):
+        hits = (real & guess).sum()
+        return {f"{name} foreseen, %": (100 * hits / real.sum()).item(),
+                f"foreseen {name} that came, %": (100 * hits / guess.sum()).item()}
+
+    def moved(image, before):
+        return (image - before).mean(1).abs() > 16 / 255
+
+    moving = moved(c.image, c.before)
+    error, still = ((guess - c.image).square().mean(1) for guess in (c.dreamt, c.opening))
+    earned = c.reward.abs()[c.reward != 0]
+    least = earned.min() if len(earned) else math.inf
+    return {
+        "error, all pixels": rms(error),
+        "  had nothing moved": rms(still),
+        "error, moving pixels": rms(error[moving]),
+        "  had they not moved": rms(still[moving]),
+        "moving pixels that move, %":
+            100 * moved(c.dreamt, c.dreamt_before)[moving].float().mean().item(),
+        "KL, nats": c.kl.mean().item(),
+        "mean reward": c.reward.mean().item(),
+        "mean dreamt reward": c.dreamt_reward.mean().item(),
+        **recall_and_precision("rewards", c.reward != 0, c.dreamt_reward.abs() > least / 2),
+        **recall_and_precision("ends", c.end > 0, c.dreamt_end > 0.5)}
+
+
+def return_that_followed(episode: Played, gamma: float) -> np.ndarray:
+    """Discounted sum of the real rewards up to the end of the life."""
+    returns, onward = np.zeros(len(episode.reward)), 0.0
+    for t in reversed(range(len(returns))):
+        onward = episode.reward[t] + gamma * (1 - episode.terminal[t]) * onward
+        returns[t] = onward
+    return returns
+
+
+def model_check(s: Settings, player: Player, device, path: Path):
+    """Play, dream beside it, print one table, and draw one of the dreams."""
+    episodes = play_to_check(s, player, device)
+    compared = dream_beside(player, episodes, device)
+    if not compared:
+        raise Stopped("the episodes were over before a dream of 15 steps could be compared.")
+    table = {k: figures(c) for k, c in compared.items()}
+    print(f"{CHECK_EPISODES} episodes of {', '.join(str(len(e.action)) for e in episodes)} steps, "
+          f"scores {', '.join(f'{e.reward.sum():g}' for e in episodes)}; "
+          f"{len(compared[1].reward)} dreams, errors of 255\n\n{'steps into the dream':<32}"
+          + "".join(f"{k:>10}" for k in table))
+    for name in table[1]:
+        cells = (f"{row[name]:>10.2f}" if math.isfinite(row[name]) else f"{'-':>10}"
+                 for row in table.values())
+        print(f"{name:<32}{''.join(cells)}")
+
+    kl, age = (np.concatenate([getattr(e, name)[1:] for e in episodes]) for name in ("kl", "age"))
+    edges = np.unique([0, *np.linspace(player.half, 2 * player.half, 4).astype(int)])
+    by_age = {f"{low} to {high - 1}": float(kl[(age >= low) & (age < high)].mean())
+              for low, high in zip(edges, edges[1:]) if ((age >= low) & (age < high)).any()}
+    print(f"\n{'age of the play state, steps':<32}" + "".join(f"{name:>10}" for name in by_age)
+          + f"\n{'KL, nats':<32}" + "".join(f"{value:>10.2f}" for value in by_age.values()))
+    value = np.concatenate([e.value for e in episodes])
+    returns = np.concatenate([return_that_followed(e, s.gamma) for e in episodes])
+    correlation = float(np.corrcoef(value, returns)[0, 1]) if returns.std() and value.std() else 0.0
+    print(f"\nvalue and return that followed: correlation {correlation:.2f}, "
+          f"means {value.mean():.2f} and {returns.mean():.2f}")
+    write_file(path.with_suffix(".json"), json.dumps(dict(
+        dreams=table, kl_by_age=by_age, value_correlation=correlation,
+        mean_value=float(value.mean()), mean_return=float(returns.mean()),
+        scores=[float(e.reward.sum()) for e in episodes]), indent=1).encode())
+    longest = max(episodes, key=lambda e: len(e.action))
+    middle = (len(longest.action) - PICTURE_STEPS) // 2
+    span = slice(middle, middle + PICTURE_STEPS)
+    window = Batch(longest.frame[span], longest.action[span], longest.reward[span],
+                   longest.terminal[span], np.zeros(PICTURE_STEPS, bool))
+    write_png(path, [dream_picture(player.model, stacked([window], device))])
+    print(f"one of the dreams beside what happened: {path}")
+
+
+# ---------------------------------------------------------------- learning curves
+
+
+SMOOTH = 10  # training episodes that a point of a curve averages
+
+
+def curves(folders: list[Path], path: Path):
+    """Draw the training scores of runs over their steps, a panel a game, as SVG."""
+    panels = {}
+    for folder in folders:
+        try:
+            s = json.loads((folder / "settings.json").read_bytes())
+            rows = (folder / "episodes.csv").read_text().splitlines()[1:]
+            points = np.array([[float(cell) for cell in row.split(",")[:2]] for row in rows])
+        except (OSError, ValueError) as error:
+            raise Mistake(f"{folder} holds no run that could be drawn ({error}).") from None
+        if len(points) == 0:
+            raise Mistake(f"{folder} has not finished an episode yet.")
+        panels.setdefault(s["game"], []).append((f"{s['preset']}, seed {s['seed']}", points))
+    width, height, parts = 660, 300, []
+    for number, (game, runs) in enumerate(sorted(panels.items())):
+        parts.append(f'<g transform="translate(0 {number * height})">{panel(game, runs)}</g>')
+    write_file(path, (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height * len(panels)}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        + "".join(parts) + "</svg>\n").encode())
+    print(f"training scores of {len(folders)} runs: {path}")
+
+
+def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
+    """Every episode a dot, their running mean a line; known scores as dashed lines."""
+    known = dict(zip(("random", "human", "published Drama"), SCORES.get(game, ())))
+    steps = max(points[-1, 0] for _, points in runs)
+    scores = [*np.concatenate([points[:, 1] for _, points in runs]), *known.values()]
+    low, high = min(scores), max(scores) + (max(scores) == min(scores))
+
+    def place(step, score):
+        return (f"{left + (right - left) * step / steps:.1f}",
+                f"{bottom - (bottom - top) * (score - low) / (high - low):.1f}")
+
+    def text(x, y, words, **style):
+        style = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
+        return f'<text x="{x}" y="{y}"{style}>{words}</text>'
+
+    parts = [text(left, top - 12, game, font_weight="bold"),
+             text((left + right) / 2, bottom + 32, "steps (4 frames each)", text_anchor="middle"),
+             f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="black"/>']
+    for share in (0, 0.5, 1):
+        parts += [text(place(share * steps, 0)[0], bottom + 16, f"{share * steps:,.0f}",
+                       text_anchor="middle"),
+                  text(left - 6, place(0, low + share * (high - low))[1],
+                       f"{low + share * (high - low):,.0f}", text_anchor="end")]
+    lowest = math.inf
+    for name, score in sorted(known.items(), key=lambda item: item[1]):
+        y = place(0, score)[1]
+        lowest = min(float(y) + 4, lowest - 14)  # or the words would lie on each other
+        parts += [f'<path d="M{left} {y}H{right}" stroke="grey" stroke-dasharray="4 4"/>',
+                  text(right + 6, lowest, f"{name} {score:,g}", fill="grey")]
+    for number, (name, points) in enumerate(runs):
+        colour = f"hsl({(210 + 137 * number) % 360} 70% 45%)"
+        mean = [points[max(0, i + 1 - SMOOTH) : i + 1, 1].mean() for i in range(len(points))]
+        line = "L".join(" ".join(place(*point)) for point in zip(points[:, 0], mean))
+        parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for point in points:
+            x, y = place(*point)
+            parts.append(f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}" opacity="0.4"/>')
+        parts.append(text(left + 110 + 120 * number, top - 12, name, fill=colour))
+    return "".join(parts)
 
 
 # ---------------------------------------------------------------- saving and resuming
@@ -1182,7 +1440,7 @@ class Folder:
         self.saved_step = step
         write_file(self.path / "settings.json", json.dumps(settings, indent=1).encode())
         if step >= PICTURE_STEPS:
-            write_png(self.path / f"dream-{step:06d}.png", [dream_picture(run)])
+            write_png(self.path / f"dream-{step:06d}.png", [picture_of(run)])
         kept = {f"{kind}-{number:06d}" for kind in ("save", "state") for number in (before, step)}
         for path in self.manifests() + list(self.path.glob("state-*")):  # and half-written ones
             if path.stem not in kept:
@@ -1329,8 +1587,10 @@ def make_parser() -> Parser:
     parser.add_argument("--run", metavar="DIR", help="run folder (runs/GAME-sSEED)")
     parser.add_argument("--eval", metavar="RUN", help="play full episodes with a run's agent")
     parser.add_argument("--watch", metavar="RUN", help="film an episode of a run's agent")
-    parser.add_argument("--act-on", choices=("posterior", "prior"), help="for --eval and --watch: "
-                        "the actor sees the frame or, as in the published code, a guess at it")
+    parser.add_argument("--model-check", metavar="RUN", help="compare a run's dreams with the game")
+    parser.add_argument("--act-on", choices=("posterior", "prior"), help="for these three: the "
+                        "actor sees the frame or, as in the published code, a guess at it")
+    parser.add_argument("--curves", metavar="RUN", nargs="+", help="draw runs' training scores")
     parser.add_argument("--bench", action="store_true", help="time every phase and leave")
     parser.add_argument("--list-games", action="store_true", help="list the games")
     group = parser.add_argument_group("settings, with the values of the preset paper")
@@ -1474,19 +1734,22 @@ def train_command(flags: dict):
 
 
 def play_command(flags: dict, kind: str):
-    """--eval and --watch: play with what a run has learnt so far."""
+    """--eval, --watch, --model-check: play with what a run has learnt so far."""
     path, act_on = Path(flags.pop(kind)), flags.pop("act_on", "posterior")
     if extra := sorted(set(flags) - {"device", "threads", "eval_episodes"}):
-        raise Mistake(f"--{kind} takes its settings from the run: leave out {flag(extra[0])}.")
+        raise Mistake(f"{flag(kind)} takes its settings from the run: leave out {flag(extra[0])}.")
     check(Settings(**flags))
     if flags.get("threads"):
         torch.set_num_threads(flags["threads"])
-    games = flags.get("eval_episodes", Settings.eval_episodes) if kind == "eval" else 1
+    games = dict(eval=flags.get("eval_episodes", Settings.eval_episodes), watch=1,
+                 model_check=CHECK_EPISODES)[kind]
     device, _ = pick_device(flags.get("device", "auto"))
     s, player, state = load_player(path, device.type, games, act_on)
     name = f"{state['step']:06d}" + "-prior" * (act_on == "prior")
     if kind == "watch":
         watch(s, player, device, path / f"watch-{name}.png")
+    elif kind == "model_check":
+        model_check(s, player, device, path / f"model-check-{name}.png")
     else:
         s = replace(s, eval_episodes=games)
         evaluate_and_report(s, player, state, device, path / f"evaluation-{name}.json")
@@ -1498,8 +1761,13 @@ def main(argv: list[str] | None = None) -> int:
         flags = parse_arguments(sys.argv[1:] if argv is None else argv)
         if "list_games" in flags:
             print("\n".join(Game.names()))
-        elif "eval" in flags or "watch" in flags:
-            play_command(flags, "eval" if "eval" in flags else "watch")
+        elif kinds := [kind for kind in ("eval", "watch", "model_check") if kind in flags]:
+            play_command(flags, kinds[0])
+        elif "curves" in flags:
+            folders = [Path(name) for name in flags.pop("curves")]
+            if flags:
+                raise Mistake(f"--curves takes all from the runs: leave out {flag(min(flags))}.")
+            curves(folders, Path("curves.svg"))
         elif flags.pop("bench", False):
             if wrong := {"run", "act_on"} & set(flags):
                 raise Mistake(f"--bench makes no run: leave out {flag(wrong.pop())}.")
@@ -1507,7 +1775,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(s.threads or torch.get_num_threads())
             bench(s, device)
         elif "act_on" in flags:
-            raise Mistake("--act-on belongs to --eval or --watch.")
+            raise Mistake("--act-on belongs to --eval, --watch or --model-check.")
         else:
             train_command(flags)
     except Mistake as mistake:

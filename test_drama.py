@@ -8,6 +8,7 @@ FakeGame stands in for Atari wherever the emulator itself is not the point.
 
 import argparse
 import ast
+import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -28,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+import xml.etree.ElementTree
 import zlib
 from pathlib import Path
 
@@ -1551,7 +1554,7 @@ def test_D6_only_updates_change_anything(runs, tmp_path):
     before, player = everything(), Player(run.model, run.agent, 3, 8)
     batch = run.replay.windows(np.arange(4), 8, "cpu")
     drama.evaluate(dataclasses.replace(s, eval_episodes=3), player, torch.device("cpu"))
-    drama.dream_picture(run)
+    drama.picture_of(run)
     for start in (run.model.starts_from_contexts(batch),
                   run.model.starts_from_batch(batch, torch.zeros(4, 8, 4).long(), 4)):  # fmt: skip
         run.model.imagine(start, 3, lambda t, z, d: run.agent.act(z, d))
@@ -1842,7 +1845,7 @@ def test_a_run_is_not_continued_with_other_settings(flags, says, run_folder, cap
     refused(capsys, run_folder, [*TINY, "--run", str(run_folder), *flags.split()], says)
 
 
-@pytest.mark.parametrize("kind", ["--eval", "--watch"])
+@pytest.mark.parametrize("kind", ["--eval", "--watch", "--model-check"])
 def test_a_folder_without_a_run_cannot_be_played(kind, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "missing"):
@@ -1952,6 +1955,121 @@ def test_load_player_acts_without_the_loop(run_folder):
     s, player, _ = drama.load_player(run_folder, games=2)
     action = player.act(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.tensor([True, True]))
     assert action.shape == (2,) and s.game == "Breakout"
+
+
+# What the model has learnt
+
+
+class Oracle:
+    """A model that dreams what happens in `counted`: the frame is the sum of the actions so far."""
+
+    def images(self, frame):
+        return frame.movedim(-1, -3).float() / 255
+
+    def posterior(self, image):
+        return torch.full((len(image), 1, 2), 0.5)
+
+    def prior(self, d):
+        return torch.tensor([0.25, 0.75]).expand(len(d), 1, 2)
+
+    def starts_from_contexts(self, batch):
+        return batch.frame[:, -1, 0, 0, 0].int()  # what the last frame of the context shows
+
+    def imagine(self, start, horizon, policy):
+        actions = [policy(t, None, None) for t in range(horizon)]
+        z = [start + sum(actions[:t]) for t in range(horizon + 1)]
+        actions = torch.stack(actions)
+        d = torch.zeros(horizon + 1, len(start), 1)
+        return Dream(torch.stack(z), d, actions, actions.float(), (actions == 9).float())
+
+    def decode(self, z):
+        return (z / 255).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+
+
+def counted(actions):
+    """An episode in which action a adds a to every pixel, earns a, and 9 ends a life."""
+    actions = np.array(actions)
+    frame = (np.cumsum(actions) - actions)[:, None, None, None] * np.ones((1, 64, 64, 3))
+    zeros = np.zeros(len(actions))
+    return drama.Played(frame.astype(np.uint8), actions, actions.astype(np.float32), actions == 9,
+                        zeros, zeros, zeros)
+
+
+def oracle_compared():
+    player = types.SimpleNamespace(model=Oracle(), half=3)
+    episodes = [counted([0, 20, 9] * 8), counted([0] * 10)]  # the second is too short to be used
+    return drama.dream_beside(player, episodes, torch.device("cpu"))
+
+
+def test_the_check_sets_every_dream_beside_the_frames_it_is_a_dream_of():
+    for k, c in oracle_compared().items():
+        assert len(c.reward) == 2  # 19 steps, every fourth of 24
+        figures = drama.figures(c)
+        assert figures["error, all pixels"] < 1e-3
+        assert c.reward.equal(c.dreamt_reward) and c.end.equal(c.dreamt_end)
+        assert c.kl.allclose(torch.tensor(0.5 * math.log(2) + 0.5 * math.log(2 / 3)))
+        # context 3: dreams from steps 3 and 7; frame 3 + k shows the sum of the actions before it
+        for n, start in enumerate((3, 7)):
+            sum_before = lambda t: sum(([0, 20, 9] * 8)[:t])
+            close(255 * c.image[n, 0, 0, 0], sum_before(start + k), 1e-3)
+            close(255 * c.before[n, 0, 0, 0], sum_before(start + k - 1), 1e-3)
+            close(255 * c.opening[n, 0, 0, 0], sum_before(start), 1e-3)
+            assert c.reward[n] == ([0, 20, 9] * 8)[start + k - 1]
+
+
+def test_the_figures_of_the_check_by_hand():
+    grey = lambda *levels: torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 1, 1) / 255
+    c = drama.Compared(
+        image=grey(100.0, 50.0), before=grey(50.0, 50.0), dreamt=grey(90.0, 50.0),
+        dreamt_before=grey(60.0, 50.0), opening=grey(40.0, 50.0),
+        reward=torch.tensor([4.0, 0.0]), dreamt_reward=torch.tensor([2.5, 2.5]),
+        end=torch.tensor([1.0, 0.0]), dreamt_end=torch.tensor([0.4, 0.6]), kl=torch.tensor([1.0, 3.0]))
+    expected = [math.sqrt(50), math.sqrt(1800), 10, 60, 100, 2, 2, 2.5, 100, 50, 0, 0]
+    np.testing.assert_allclose(list(drama.figures(c).values()), expected, rtol=1e-5)
+
+
+def test_the_return_that_followed_ends_with_the_life():
+    episode = counted([1, 9, 2, 4])
+    np.testing.assert_allclose(drama.return_that_followed(episode, 0.5), [5.5, 9, 4, 4])
+
+
+def test_model_check_prints_a_table_and_draws_a_dream(run_folder, monkeypatch, capsys):
+    before = digest({path.name: path.read_bytes() for path in sorted(run_folder.iterdir())})
+    assert drama.main(["--model-check", str(run_folder)]) == 1  # episodes of 9 to 13 steps
+    assert "15 steps" in capsys.readouterr().err
+    assert before == digest({path.name: path.read_bytes() for path in sorted(run_folder.iterdir())})
+    monkeypatch.setattr(drama, "DREAMT", (1, 2, 4))
+    monkeypatch.setattr(drama, "PICTURE_STEPS", 9)
+    assert drama.main(["--model-check", str(run_folder)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"error, all pixels( +\d+\.\d\d){3}", out) and "correlation" in out
+    kept = json.loads((run_folder / "model-check-000064.json").read_text())
+    assert set(kept["dreams"]) == {"1", "2", "4"} and len(kept["scores"]) == 5
+    assert kept["kl_by_age"] and all(kl >= 0 for kl in kept["kl_by_age"].values())
+    assert png_chunks(run_folder / "model-check-000064.png")
+
+
+def test_curves_show_every_episode_and_the_known_scores(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert drama.main(["--curves", str(run_folder), str(run_folder)]) == 0
+    root = xml.etree.ElementTree.parse(tmp_path / "curves.svg").getroot()
+    found = collections.Counter(element.tag.split("}")[1] for element in root.iter())
+    rows = (run_folder / "episodes.csv").read_text().splitlines()[1:]
+    assert found["circle"] == 2 * len(rows) and found["g"] == 1
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"Breakout", "random 2", "human 30", "published Drama 7"} <= set(words)
+    score = {float(row.split(",")[1]) for row in rows}
+    low, high = 2.0, max(*score, 30.0)
+    heights = {round(float(element.get("cy")), 1) for element in root.iter() if element.get("cy")}
+    assert heights == {round(260 - 230 * (x - min(low, *score)) / (high - min(low, *score)), 1)
+                       for x in score}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, says", [(["missing"], "missing holds no run"),
+                                        (["run", "--seed", "3"], "--seed")])  # fmt: skip
+def test_curves_of_nothing_are_refused(argv, says, run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, tmp_path, ["--curves", *argv], says)
 
 
 def png_chunks(path):
@@ -2131,6 +2249,113 @@ def test_the_list_of_MPS_kernels_can_say_no():
     assert not runs_on_mps("geqrf", table) and not runs_on_mps("no_such_operator", table)
 
 
+# ---- CUDA graphs: what can be seen of them without CUDA
+
+
+GRAPHED = {"batch": [], "contexts": "--dream-from contexts --context 4 --optimizer laprop".split(),
+           "mamba": ["--backbone", "mamba"]}  # fmt: skip
+
+
+class Replayed(drama.Graph):
+    """As CUDA does it, but with Python: inputs are copied to where they were when it was
+    recorded, and the outputs of a call overwrite those of the call before."""
+
+    recorded = 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls <= self.WARM:
+            return self.function(*inputs)
+        if self.graph is None:
+            Replayed.recorded += 1
+            self.inputs = drama.copy_of(inputs)
+        for mine, given in zip(drama.tensors_in(self.inputs), drama.tensors_in(inputs), strict=True):
+            mine.copy_(given)
+        fresh = self.function(*self.inputs)
+        if self.graph is None:
+            self.graph, self.outputs = True, fresh
+        elif fresh is not None:
+            for mine, new in zip(tree_leaves(self.outputs), tree_leaves(fresh), strict=True):
+                mine.copy_(new)
+        return self.outputs
+
+
+@pytest.mark.parametrize("flags", GRAPHED.values(), ids=GRAPHED)
+def test_a_run_from_graphs_is_the_run_without(flags, runs, tmp_path, monkeypatch):
+    assert command(tmp_path / "plain", *flags) == 0
+    monkeypatch.setattr(drama, "has_graphs", lambda s, device: s.graphs)
+    monkeypatch.setattr(drama, "Graph", Replayed)
+    Replayed.recorded = 0
+    assert command(tmp_path / "graphs", *flags) == 0
+    assert Replayed.recorded >= 6  # five phases, and play
+    plain, graphs = (digest([run.model.state_dict(), run.agent.state_dict(), run.sums,
+                             run.player.state_dict(), run.replay.steps(0, run.step)])
+                     for run in runs)  # fmt: skip
+    assert plain == graphs
+
+
+class HostReads(TorchDispatchMode):
+    """Names what a CUDA graph cannot hold: looking at a number, shapes that depend on numbers,
+    tensors made of Python's numbers, which would be copied from the host."""
+
+    FORBIDDEN = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "lift_fresh",
+                 "is_nonzero", "bincount"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func.overloadpacket.__name__) in self.FORBIDDEN:
+            self.seen.add(name)
+        if name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool
+                                                   for i in args[1]):
+            self.seen.add("index by mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags", GRAPHED.values(), ids=GRAPHED)
+def test_nothing_in_a_phase_looks_at_a_number(flags, fake, tmp_path, monkeypatch):
+    def quantile(x, q):  # torch's own looks at q, on a CPU alone
+        return x.sort().values[len(x) // 20 :: len(x) * 9 // 10][:2]
+
+    calls = collections.Counter()
+
+    class Watched(Replayed):
+        def __call__(self, *inputs):
+            name = getattr(self.function, "func", self.function).__name__
+            with HostReads() as reads:
+                result = super().__call__(*inputs)
+            calls[name] += 1
+            assert not reads.seen, name
+            return result
+
+    monkeypatch.setattr(agent_file.torch, "quantile", quantile)
+    monkeypatch.setattr(drama, "has_graphs", lambda s, device: True)
+    monkeypatch.setattr(drama, "Graph", Watched)
+    assert command(tmp_path / "run", *flags) == 0
+    assert set(calls) == {"world_gradient", "world_step", "imagine", "agent_gradient", "agent_step",
+                          "decide"}  # fmt: skip
+
+
+def test_the_watch_for_host_reads_can_say_no():
+    with HostReads() as reads:
+        x = torch.zeros(3)
+        bool(x.sum() > 0), x.new_tensor([1.0]), x[x > 0]
+    assert reads.seen >= {"_local_scalar_dense", "lift_fresh", "index by mask"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("flags", GRAPHED.values(), ids=GRAPHED)
+def test_on_CUDA_a_run_from_graphs_has_the_numbers_of_one_without(flags, runs, tmp_path):
+    for graphs in ("--graphs", "--no-graphs"):
+        assert command(tmp_path / graphs, "--device", "cuda", graphs, *flags) == 0
+    a, b = (tree_leaves([run.model.state_dict(), run.agent.state_dict()]) for run in runs)
+    assert runs[0].graphs and not runs[1].graphs
+    for with_graphs, without in zip(a, b):
+        close(with_graphs.float().cpu(), without.float().cpu(), 1e-3)
+
+
 # ---------------------------------------------------------------- unbreakable
 
 
@@ -2268,7 +2493,7 @@ def reference(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drama, "Game", FakeGame)
         patch.setattr(drama, "CHUNK", 16)
-        patch.setattr(drama, "dream_picture", lambda run: np.zeros((2, 2, 3), np.uint8))  # slow
+        patch.setattr(drama, "picture_of", lambda run: np.zeros((2, 2, 3), np.uint8))  # slow
         break_one_update(patch)
         give_the_actor_opinions(patch)
         seen, save = {}, drama.Folder.save
@@ -2291,7 +2516,7 @@ def reference(tmp_path_factory):
 @pytest.fixture
 def tiny(fake):
     fake.setattr(drama, "CHUNK", 16)
-    fake.setattr(drama, "dream_picture", lambda run: np.zeros((2, 2, 3), np.uint8))
+    fake.setattr(drama, "picture_of", lambda run: np.zeros((2, 2, 3), np.uint8))
     return fake
 
 
