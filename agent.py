@@ -416,7 +416,10 @@ class WorldModel(nn.Module):
         d, states = self.sequence(self.token(z, batch.action), reset=batch.first, every=piece)
 
         def heads(ends):  # (B, pieces, ...) after each piece -> (count, ...) before each
-            return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1).flatten(0, 1)
+            before = torch.empty_like(ends)  # with the layout of states
+            before[:, 0].zero_()
+            before[:, 1:] = ends[:, :-1]
+            return before.flatten(0, 1)
 
         return Start(
             z=z[:, ::piece].flatten(0, 1),

@@ -265,8 +265,8 @@ def ssd_sequential(x, dt, A, B, C, D, state=None, reset=None):
         write = (dt[:, t, :, None] * x[:, t])[..., None]  # (B, H, P, 1)
         h = torch.exp(dt[:, t] * A)[..., None, None] * h  # (B, H, P, N)
         h.addcmul_(write, B[:, t, None, None])  # h + dt x B^T
-        read = h.flatten(1, 2) @ C[:, t, :, None]  # (B, H P, 1)
-        y.append(torch.addcmul(read.view_as(x[:, t]), D[:, None], x[:, t]))  # (B, H, P)
+        read = (C[:, t, None, None] @ h.mT)[:, :, 0]  # (B, H, P)
+        y.append(torch.addcmul(read, D[:, None], x[:, t]))
     return torch.stack(y, 1), h
 
 
@@ -353,7 +353,7 @@ class SSD(torch.autograd.Function):
         ctx.length, ctx.every = length, every
         states = inputs[1:, ..., Q:, :] if every else inputs[K:, ..., Q:, :]  # (K or 1, B, H, N, P)
         return (SSD.join(y.transpose(2, 3), length).contiguous(),
-                states.transpose(0, 1).transpose(3, 4).contiguous())
+                states.transpose(0, 1).contiguous().mT)
 
     @staticmethod
     @once_differentiable
@@ -546,7 +546,8 @@ class Mamba2(nn.Module):
     def initial_state(self, batch, device=None):
         (channels, _, d_conv), heads, N = self.conv1d.weight.shape, len(self.D), self.sizes[1]
         zeros = functools.partial(torch.zeros, device=device or self.D.device)
-        return State(zeros((batch, channels, d_conv - 1)), zeros((batch, heads, self.head_dim, N)))
+        return State(zeros((batch, channels, d_conv - 1)),
+                     zeros((batch, heads, N, self.head_dim)).mT)  # as ssd leaves it in memory
 
     def forward(self, u, state=None, reset=None, every=None):
         """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
