@@ -191,31 +191,23 @@ class ToImage(nn.Module):
         return x.unflatten(1, self.shape).contiguous(memory_format=image_layout(x.device))
 
 
-def window(kernel: int, stride: int) -> tuple[int, int]:
-    """Kernel and padding of a convolution: windows overlap by half at least, and sides divide."""
-    kernel = max(kernel, 2 * stride if stride > 1 else 1)
-    return kernel, (kernel - stride + 1) // 2
-
-
-def encoder(channels: list[int], strides: list[int], kernel: int) -> nn.Sequential:
+def encoder(channels: list[int], strides: list[int], kernels: list[int]) -> nn.Sequential:
     """Frames (B, 3, 64, 64) -> (B, channels[-1] * side * side)."""
     blocks = []
-    for before, after, stride in zip([3] + channels, channels, strides):
-        size, padding = window(kernel, stride)
-        blocks += [nn.Conv2d(before, after, size, stride, padding), nn.BatchNorm2d(after), nn.SiLU()]
+    for before, after, stride, kernel in zip([3] + channels, channels, strides, kernels):
+        conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
+        blocks += [conv, nn.BatchNorm2d(after), nn.SiLU()]
     return nn.Sequential(*blocks, nn.Flatten())
 
 
-def decoder(d_input: int, channels: list[int], strides: list[int], kernel: int, side: int):
+def decoder(d_input: int, channels: list[int], strides: list[int], kernels: list[int], side: int):
     """The encoder mirrored: (B, d_input) -> logits of frames (B, 3, 64, 64)."""
-    blocks = [
-        nn.Linear(d_input, channels[-1] * side * side),
-        ToImage(channels[-1], side),
-    ]
-    for before, after, stride in zip(channels[::-1], channels[-2::-1] + [3], strides[::-1]):
-        size, padding = window(kernel, stride)
-        extra = stride + 2 * padding - size  # so that the side grows by exactly `stride`
-        conv = TransposedConv(before, after, size, stride, padding, output_padding=extra)
+    blocks = [nn.Linear(d_input, channels[-1] * side * side), ToImage(channels[-1], side)]
+    mirrored = (part[::-1] for part in (channels, [3] + channels[:-1], strides, kernels))
+    for before, after, stride, kernel in zip(*mirrored):
+        padding = (kernel - 1) // 2
+        extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
+        conv = TransposedConv(before, after, kernel, stride, padding, output_padding=extra)
         blocks += [nn.BatchNorm2d(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)
 
@@ -254,7 +246,7 @@ class ImageError(torch.autograd.Function):
             error = image - frame[part].permute(0, 3, 1, 2) / 255
             weighted = error if weight is None else error * weight[part].unsqueeze(1)
             total = total + (weighted * error).sum()
-            gradient[part] = 2 * weighted * image * (1 - image)
+            gradient[part] = torch.ops.aten.sigmoid_backward(2 * weighted, image)
         ctx.save_for_backward(gradient)
         return total
 
@@ -262,7 +254,7 @@ class ImageError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
+        return gradient.mul_(upstream), None, None
 
 
 # ---------------------------------------------------------------- world model
@@ -294,7 +286,7 @@ class WorldModel(nn.Module):
     equation 6); `event_weights` looks closer at the few pixels that moved.
     """
 
-    def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernel: int,
+    def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernels: list[int],
                  groups: int, classes: int, d_model: int, layers: int, backbone: str,
                  d_state: int, head_dim: int, dropout: float, head_hidden: int, unimix: float,
                  free_nats: float, representation_scale: float, balance: bool,
@@ -304,9 +296,9 @@ class WorldModel(nn.Module):
         self.unimix, self.free_nats = unimix, free_nats
         self.representation_scale, self.event_weights = representation_scale, event_weights
         d_latent, side = groups * classes, size // math.prod(strides)
-        self.encoder = encoder(channels, strides, kernel)
+        self.encoder = encoder(channels, strides, kernels)
         self.posterior_head = nn.Linear(channels[-1] * side * side, d_latent)
-        self.decoder = decoder(d_latent, channels, strides, kernel, side)
+        self.decoder = decoder(d_latent, channels, strides, kernels, side)
         self.sequence = SequenceModel(d_latent + actions, d_model, layers=layers, dropout=dropout,
                                       backbone=backbone, d_state=d_state, head_dim=head_dim)
         self.prior_head = nn.Linear(d_model, d_latent)
@@ -688,7 +680,7 @@ class LaProp(torch.optim.Optimizer):
 
 
 def make_optimizer(kind: str, groups: list[dict], eps: float) -> torch.optim.Optimizer:
-    """`groups` hold params and lr. On a CPU fused Adam makes one pass over the parameters."""
+    """`groups` hold params and rate. On a CPU fused Adam makes one pass over the parameters."""
     if kind == "laprop":
         return LaProp(groups, lr=0.0, eps=eps)
     on_cuda = groups[0]["params"][0].device.type == "cuda"

@@ -36,10 +36,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Read by torch when it is imported. Threads that wait for each other spin for a moment only: left
-# to spin, they double or triple an update as soon as another program wants a core. Large tensors
-# lie in huge pages, of which the system clears and finds one in the time of a small one.
+# to spin, they double or triple an update as soon as another program wants a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import ale_py
@@ -47,10 +45,12 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from agent import ActorCritic, Dream, Player, WorldModel, kl_divergence, make_optimizer
+from agent import ActorCritic, Dream, Player, WorldModel, kl_divergence, lambda_return
+from agent import make_optimizer
 from buffer import Batch, Replay
 
 if os.name == "posix":
@@ -113,7 +113,7 @@ class Settings:
     # World model
     channels: tuple = setting((16, 32, 48, 64, 64), "filters of the encoder's convolutions (code)")
     strides: tuple = setting((1, 2, 2, 2, 2), "their strides, pixels (code)")
-    kernel: int = setting(5, "their kernel, pixels, or twice the stride if that is more (code)")
+    kernel: tuple = setting((5,), "their kernels, pixels; one number stands for all (code)")
     groups: int = setting(32, "categoricals of the latent (paper)")
     classes: int = setting(32, "classes of each (paper)", low=2)
     backbone: str = setting("mamba2", "sequence layers (paper)", choices=("mamba2", "mamba"))
@@ -158,6 +158,11 @@ class Settings:
     def temperature(self) -> float:
         """Of sampling: without end, it is uniform."""
         return self.tau if self.sampling == "dfs" else math.inf
+
+    @property
+    def kernels(self) -> list[int]:
+        """One for each convolution."""
+        return list(self.kernel * (len(self.strides) if len(self.kernel) == 1 else 1))
 
     @property
     def replayed(self) -> int:
@@ -219,9 +224,11 @@ def check(s: Settings):
     if len(s.channels) != len(s.strides) or 64 % math.prod(s.strides):
         raise Mistake("--channels and --strides need one number for each convolution, and the "
                       "product of the strides must divide 64.")
-    if s.kernel % 2 == 0 and 1 in s.strides:
-        raise Mistake(f"--kernel {s.kernel} does not fit --strides {s.strides}: it must be odd where "
-                      "one of them is 1.")
+    if len(s.kernel) not in (1, len(s.strides)) or any(
+            kernel < stride or stride == 1 and kernel % 2 == 0
+            for kernel, stride in zip(s.kernels, s.strides)):
+        raise Mistake(f"--kernel {','.join(map(str, s.kernel))} does not fit --strides: give one "
+                      "for all or one for each, no smaller than its stride, and odd where that is 1.")
     if s.backbone == "mamba2" and 2 * s.d_model % s.head_dim:
         raise Mistake(f"--head-dim {s.head_dim} does not divide twice --d-model {s.d_model}.")
 
@@ -267,8 +274,8 @@ class Game:
         try:
             ale_py.roms.get_rom_path(self.rom)
         except OSError as error:
-            raise Mistake(f"the ROM of {title} cannot be used ({str(error).splitlines()[0]}): ale-py "
-                          "brings its own, unless ALE_ROMS_DIR names another folder.") from None
+            raise Mistake(f"the ROM of {title} cannot be used ({str(error).splitlines()[0]}): "
+                          "ale-py brings its own, unless ALE_ROMS_DIR names another.") from None
         self.env = AtariVectorEnv(
             self.rom, copies, num_threads=min(copies, os.cpu_count()), img_height=height,
             img_width=width, grayscale=False, stack_num=1, frameskip=4, maxpool=True, noop_max=30,
@@ -399,7 +406,7 @@ def memory_of(device: torch.device) -> float:
 def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, ActorCritic]:
     randomness(s.seed, 0, "build")
     model = WorldModel(
-        actions, channels=list(s.channels), strides=list(s.strides), kernel=s.kernel,
+        actions, channels=list(s.channels), strides=list(s.strides), kernels=s.kernels,
         groups=s.groups, classes=s.classes, d_model=s.d_model, layers=s.layers,
         backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, dropout=s.dropout,
         head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
@@ -417,20 +424,6 @@ def has_graphs(s: Settings, device: torch.device) -> bool:
     return s.graphs and device.type == "cuda"
 
 
-def copy_of(value):
-    """The same nested tuple with copies of its tensors."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    parts = map(copy_of, value)
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-
-
-def tensors_in(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [tensor for part in value for tensor in tensors_in(part)]
-
-
 class Graph:
     """A function of tensors, recorded on a CUDA GPU and from then on launched as a whole.
 
@@ -440,7 +433,7 @@ class Graph:
     number. Random numbers follow torch.manual_seed as ever. The first calls run as they are.
     """
 
-    WARM = 3
+    WARM, stream = 3, None
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, None
@@ -450,22 +443,22 @@ class Graph:
         if self.calls <= self.WARM:
             return self.beside(inputs)
         if self.graph is None:
-            self.inputs = copy_of(inputs)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            self.inputs, graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
+            self.graph = graph
         if inputs:
-            torch._foreach_copy_(tensors_in(self.inputs), tensors_in(inputs))
+            torch._foreach_copy_(tree_leaves(self.inputs), tree_leaves(inputs))
         self.graph.replay()
         return self.outputs
 
     def beside(self, inputs):
-        """Call it on a stream of its own, as recording will: libraries prepare there."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        """Call it on the stream where all is recorded: libraries prepare there."""
+        Graph.stream, current = Graph.stream or torch.cuda.Stream(), torch.cuda.current_stream()
+        Graph.stream.wait_stream(current)
+        with torch.cuda.stream(Graph.stream):
             outputs = self.function(*inputs)
-        current.wait_stream(stream)
+        current.wait_stream(Graph.stream)
         return outputs
 
 
@@ -485,8 +478,8 @@ class Run:
         where = device if s.replay_device == "auto" else pick_device(s.replay_device)[0]
         need, have = Replay.bytes_needed(s.steps), memory_of(where)
         if need > 0.9 * have:
-            raise Mistake(f"the replay of --steps {s.steps} takes {need / 2**30:.1f} GiB, and {where} "
-                          f"has {have / 2**30:.1f}: ask for fewer, or try --replay-device cpu.")
+            raise Mistake(f"the replay of --steps {s.steps} takes {need / 2**30:.1f} GiB, and "
+                          f"{where} has {have / 2**30:.1f}: ask for fewer, or try --replay-device cpu.")
         self.settings, self.device = s, device
         self.replay = Replay(s.steps, device=where)
         self.game = Game(s.game)
@@ -605,10 +598,6 @@ def learn_world(run: Run, batch: Batch, progress: float):
     return z, metrics, taken
 
 
-def dream_on(run: Run, batch: Batch, z) -> Dream:
-    return run.phase(imagine, batch, z)
-
-
 def learn_to_act(run: Run, dream: Dream, progress: float):
     """One update of actor and critic -> (metrics, whether it was taken)."""
     metrics, finite, before = run.phase(agent_gradient, dream)
@@ -663,7 +652,7 @@ def train(run: Run, folder: "Folder"):
                 randomness(s.seed, step, "dream")
                 more, improved = {}, False
                 if learnt:  # else the latents to start from may be broken, too
-                    more, improved = learn_to_act(run, dream_on(run, batch, z), progress)
+                    more, improved = learn_to_act(run, run.phase(imagine, batch, z), progress)
                 count_update(run, folder, metrics | more, improved)
 
             # ---- 4. Log and save
@@ -749,6 +738,9 @@ def log_episode(run: Run, folder: "Folder"):
 # ---------------------------------------------------------------- benchmark
 
 
+PRODUCT = 4096  # side of the matrices that show what the machine can do
+
+
 def bench(s: Settings, device: torch.device, repeats: int = 7):
     """Where the time goes: medians, arithmetic and its share of what a large product reaches."""
     run = Run(s, device)
@@ -790,16 +782,16 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
         else:
             run.replay.append_steps(run.replay.steps(0, min(s.warmup, s.steps - run.step)))
         run.step = run.replay.length
-    matrix = torch.randn(4096, 4096, device=device, dtype=half)
+    matrix = torch.randn(PRODUCT, PRODUCT, device=device, dtype=half)
     measure("large product", torch.mm, matrix, matrix)
     player = make_player(s, run.model, run.agent)
     frame, first = torch.from_numpy(run.frame).to(device), torch.tensor([False], device=device)
     measure("emulator", run.game.step, [0])
     measure("play", lambda: player.act(frame, first).item())
     batch, contexts = measure("replay sampling", sample)
-    z, *_ = measure("model update", learn_world, run, batch, 1e-3)
-    dream = measure("dream", dream_on, run, contexts, z)
-    measure("agent update", learn_to_act, run, dream, 1e-3)
+    z, *_ = measure("model update", learn_world, run, batch, 1.0)
+    dream = measure("dream", run.phase, imagine, contexts, z)
+    measure("agent update", learn_to_act, run, dream, 1.0)
 
     median = {name: float(np.median(each)) for name, each in times.items()}
     peak = work["large product"] / median["large product"]
@@ -823,7 +815,7 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the device where it counts them, else of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     if os.name != "posix":
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
@@ -1020,176 +1012,154 @@ def picture_of(run: Run) -> np.ndarray:
 # ---------------------------------------------------------------- what the model has learnt
 
 
-class Played(NamedTuple):
-    """An episode as it was played, (steps, ...) each, with what model and critic made of it."""
-
-    frame: np.ndarray  # O_t
-    action: np.ndarray
-    reward: np.ndarray
-    terminal: np.ndarray
-    kl: np.ndarray  # nats, of q(z_t) from the prior of the play state
-    value: np.ndarray  # v(s_t)
-    age: np.ndarray  # steps that the play state had seen
-
-
 CHECK_EPISODES, CHECK_LIMIT = 5, 2000  # and steps of each
-
-
-@torch.no_grad()
-def play_to_check(s: Settings, player: Player, device) -> list[Played]:
-    """Fresh episodes side by side, with seeds that neither training nor evaluation uses."""
-    model, agent = player.model, player.agent
-    game = Game(s.game, CHECK_EPISODES)
-    frame = game.reset(episode_seeds(s.seed, 2, "test", CHECK_EPISODES))
-    over, first = np.zeros(CHECK_EPISODES, bool), torch.ones(CHECK_EPISODES, dtype=torch.bool)
-    steps, lengths = [], np.zeros(CHECK_EPISODES, int)
-    with show_progress(desc="playing", total=CHECK_LIMIT) as bar:
-        while not over.all() and len(steps) < CHECK_LIMIT:
-            randomness(s.seed, len(steps), "test")
-            seen, d, age = torch.from_numpy(frame).to(device), player.d, player.age
-            d = torch.where(first[:, None].to(device), 0.0, d)
-            kl = kl_divergence(model.posterior(model.images(seen)), model.prior(d))
-            action = player.act(seen, first.to(device)).cpu().numpy()
-            z = player.history[-1][0] if player.history else None
-            value = agent.value(z, d)
-            before, lengths = frame, lengths + ~over
-            frame, reward, terminal, done = game.step(action)
-            steps.append((before, action, reward, terminal, kl.cpu().numpy(), value.cpu().numpy(),
-                          np.full(CHECK_EPISODES, age)))
-            over, first = over | done, torch.zeros_like(first)
-            bar.update()
-    columns = [np.stack(column, 1) for column in zip(*steps)]  # (episodes, steps, ...)
-    return [Played(*(column[i, :n] for column in columns)) for i, n in enumerate(lengths)]
-
-
-class Compared(NamedTuple):
-    """N dreams of the recorded actions, some steps after they began, and what happened then."""
-
-    image: Tensor  # (N, 3, 64, 64), as are the next four
-    before: Tensor  # a step earlier
-    dreamt: Tensor
-    dreamt_before: Tensor
-    opening: Tensor  # where the dream began
-    reward: Tensor  # (N,), as are all below: what the last step earned
-    dreamt_reward: Tensor
-    end: Tensor
-    dreamt_end: Tensor
-    kl: Tensor  # of q(z | image) from the dream's prior
-
-
 DREAMT = (1, 5, 15)  # steps into a dream
 EVERY, AT_MOST, AT_ONCE = 4, 512, 32  # steps between dreams; dreams; and how many of them together
 
 
+class Played(NamedTuple):
+    """Whole episodes, one after the other, and after each the frame it ended with."""
+
+    replay: Replay
+    spans: list[tuple[int, int]]  # of an episode: its first step, and the frame after its last
+    kl: np.ndarray  # (steps,) nats, of q(z_t) from the prior of the play state
+    value: np.ndarray  # v(s_t)
+    age: np.ndarray  # steps that the play state had seen
+
+
 @torch.no_grad()
-def dream_beside(player: Player, episodes: list[Played], device) -> dict[int, Compared]:
-    """Dreams that begin all along the episodes, after half a window of real frames."""
+def play_to_check(s: Settings, player: Player, device) -> Played:
+    """Fresh episodes side by side, with seeds that neither training nor evaluation uses."""
+    model, copies = player.model, CHECK_EPISODES
+    game = Game(s.game, copies)
+    frame = game.reset(episode_seeds(s.seed, 2, "test", copies))
+    over, length = np.zeros(copies, bool), np.zeros(copies, int)
+    steps, nothing = [], np.zeros(copies)
+    for step in show_progress(desc="playing", iterable=range(CHECK_LIMIT)):
+        randomness(s.seed, step, "test")
+        seen, d, age = torch.from_numpy(frame).to(device), player.d.clone(), player.age
+        action = player.act(seen, torch.full((copies,), step == 0, device=device))
+        kl = kl_divergence(model.posterior(model.images(seen)), model.prior(d))
+        value = player.agent.value(player.history[-1][0], d)
+        before, length = frame, length + ~over
+        frame, reward, terminal, done = game.step(action.cpu().numpy())
+        steps.append((before, action.cpu().numpy(), reward, terminal, np.full(copies, step == 0),
+                      kl.cpu().numpy(), value.cpu().numpy(), np.full(copies, age)))
+        over = over | done
+        if over.all():
+            break
+    steps.append((frame, *[nothing] * 7))
+    columns = [np.stack(column, 1) for column in zip(*steps)]  # (copies, steps + 1, ...)
+    columns = [np.concatenate([rows[: n + 1] for rows, n in zip(column, length)])
+               for column in columns]
+    replay = Replay(len(columns[0]))
+    replay.append_steps(dict(zip(("frame", "action", "reward", "terminal", "first"), columns)))
+    stops = np.cumsum(length + 1) - 1
+    return Played(replay, list(zip(stops - length, stops)), *columns[5:])
+
+
+@torch.no_grad()
+def dream_beside(player: Player, played: Played, device) -> tuple[np.ndarray, Dream]:
+    """Steps all along the episodes, and dreams from there that take the recorded actions.
+
+    Half a window of real frames comes before.
+    """
     model, context, horizon = player.model, player.half, max(DREAMT)
-    length = context + 1 + horizon
-    windows = [(episode, slice(start, start + length)) for episode in episodes
-               for start in range(0, len(episode.action) - length + 1, EVERY)]
-    windows = windows[:: max(1, -(-len(windows) // AT_MOST))]
-    parts = {k: [] for k in DREAMT}
-    for few in (windows[i : i + AT_ONCE] for i in range(0, len(windows), AT_ONCE)):
-        real = stacked([Batch(e.frame[span], e.action[span], e.reward[span], e.terminal[span],
-                              np.arange(span.start, span.stop) == 0) for e, span in few], device)
+    starts = np.concatenate([np.arange(first + context, stop - horizon + 1, EVERY)
+                             for first, stop in played.spans])
+    starts, parts = starts[:: max(1, -(-len(starts) // AT_MOST))], []
+    for few in (starts[i : i + AT_ONCE] for i in range(0, len(starts), AT_ONCE)):
+        real = played.replay.windows(few - context, context + horizon, device)
         start = model.starts_from_contexts(Batch(*(part[:, : context + 1] for part in real)))
-        dream = model.imagine(start, horizon, lambda t, z, d: real.action[:, context + t])
-        for k in DREAMT:
-            image, before, opening = (model.images(real.frame[:, context + i]) for i in (k, k - 1, 0))
-            kl = kl_divergence(model.posterior(image), model.prior(dream.d[k]))
-            parts[k].append(Compared(
-                image, before, model.decode(dream.z[k]), model.decode(dream.z[k - 1]), opening,
-                real.reward[:, context + k - 1], dream.reward[k - 1],
-                real.terminal[:, context + k - 1], dream.end[k - 1], kl))
-    return {k: Compared(*map(torch.cat, zip(*part))) for k, part in parts.items() if part}
+        parts.append(model.imagine(start, horizon, lambda t, z, d: real.action[:, context + t]))
+    return starts, parts and Dream(*(torch.cat(part, 1) for part in zip(*parts)))
 
 
-def stacked(windows: list[Batch], device) -> Batch:
-    """Windows of numpy arrays -> a batch of tensors."""
-    types = (np.uint8, np.int64, np.float32, np.float32, bool)
-    return Batch(*(torch.from_numpy(np.stack(parts).astype(kind)).to(device)
-                   for parts, kind in zip(zip(*windows), types)))
+@torch.no_grad()
+def figures(model: WorldModel, replay: Replay, starts: np.ndarray, dream: Dream, k: int, device):
+    """What --model-check prints of dreams of k steps -> name: figure, NaN where there is none.
 
+    Frames and KL are those of the last step, z_k; rewards and ends those of all k.
+    """
 
-def figures(c: Compared) -> dict[str, float]:
-    """What --model-check prints of dreams; NaN where there was nothing to be seen."""
-
-    def rms(error):  # of 255
-        return 255 * error.mean().sqrt().item()
-
-    def recall_and_precision(name, real, guess):
-        hits = (real & guess).sum()
-        return {f"{name} foreseen, %": (100 * hits / real.sum()).item(),
-                f"foreseen {name} that came, %": (100 * hits / guess.sum()).item()}
+    def frames(step):
+        return model.images(replay.windows(starts + step, 1, device).frame)
 
     def moved(image, before):
         return (image - before).mean(1).abs() > 16 / 255
 
-    moving = moved(c.image, c.before)
-    error, still = ((guess - c.image).square().mean(1) for guess in (c.dreamt, c.opening))
-    earned = c.reward.abs()[c.reward != 0]
-    least = earned.min() if len(earned) else math.inf
+    def rms(error):  # of 255
+        return 255 * error.mean().sqrt().item()
+
+    def foreseen(name, real, guess):
+        hits = (real & guess).sum()
+        return {f"{name} that came": real.sum().item(),
+                f"{name} foreseen, %": (100 * hits / real.sum()).item(),
+                f"foreseen {name} that came, %": (100 * hits / guess.sum()).item()}
+
+    image, moving = frames(k), moved(frames(k), frames(k - 1))
+    dreamt = model.decode(dream.z[k])
+    followed = moved(dreamt, model.decode(dream.z[k - 1]))[moving]
+    error, still = ((guess - image).square().mean(1) for guess in (dreamt, frames(0)))
+    kl = kl_divergence(model.posterior(image), model.prior(dream.d[k]))
+    real = replay.windows(starts, k, device)
+    reward, end = dream.reward[:k].T, dream.end[:k].T
+    smallest = replay.reward[replay.reward != 0]
+    least = abs(smallest).min() if len(smallest) else math.inf
     return {
-        "error, all pixels": rms(error),
-        "  had nothing moved": rms(still),
-        "error, moving pixels": rms(error[moving]),
-        "  had they not moved": rms(still[moving]),
-        "moving pixels that move, %":
-            100 * moved(c.dreamt, c.dreamt_before)[moving].float().mean().item(),
-        "KL, nats": c.kl.mean().item(),
-        "mean reward": c.reward.mean().item(),
-        "mean dreamt reward": c.dreamt_reward.mean().item(),
-        **recall_and_precision("rewards", c.reward != 0, c.dreamt_reward.abs() > least / 2),
-        **recall_and_precision("ends", c.end > 0, c.dreamt_end > 0.5)}
-
-
-def return_that_followed(episode: Played, gamma: float) -> np.ndarray:
-    """Discounted sum of the real rewards up to the end of the life."""
-    returns, onward = np.zeros(len(episode.reward)), 0.0
-    for t in reversed(range(len(returns))):
-        onward = episode.reward[t] + gamma * (1 - episode.terminal[t]) * onward
-        returns[t] = onward
-    return returns
+        "error, all pixels": rms(error), "  had nothing moved": rms(still),
+        "error, moving pixels": rms(error[moving]), "  had they not moved": rms(still[moving]),
+        "moving pixels that move, %": 100 * followed.float().mean().item(),
+        "KL, nats": kl.mean().item(),
+        "mean reward": real.reward.mean().item(), "mean dreamt reward": reward.mean().item(),
+        **foreseen("rewards", real.reward != 0, reward.abs() > least / 2),
+        **foreseen("ends", real.terminal > 0, end > 0.5)}
 
 
 def model_check(s: Settings, player: Player, device, path: Path):
     """Play, dream beside it, print one table, and draw one of the dreams."""
-    episodes = play_to_check(s, player, device)
-    compared = dream_beside(player, episodes, device)
-    if not compared:
-        raise Stopped("the episodes were over before a dream of 15 steps could be compared.")
-    table = {k: figures(c) for k, c in compared.items()}
-    print(f"{CHECK_EPISODES} episodes of {', '.join(str(len(e.action)) for e in episodes)} steps, "
-          f"scores {', '.join(f'{e.reward.sum():g}' for e in episodes)}; "
-          f"{len(compared[1].reward)} dreams, errors of 255\n\n{'steps into the dream':<32}"
-          + "".join(f"{k:>10}" for k in table))
-    for name in table[1]:
-        cells = (f"{row[name]:>10.2f}" if math.isfinite(row[name]) else f"{'-':>10}"
-                 for row in table.values())
-        print(f"{name:<32}{''.join(cells)}")
+    played = play_to_check(s, player, device)
+    starts, dream = dream_beside(player, played, device)
+    if not dream:
+        raise Stopped(f"the episodes were over within the {player.half + max(DREAMT)} steps that a "
+                      "comparison takes.")
+    table = {k: figures(player.model, played.replay, starts, dream, k, device) for k in DREAMT}
+    scores, ages, returns, at, quarter = [], {}, [], [], max(1, player.half // 4)
+    for first, stop in played.spans:
+        steps = slice(first, stop)
+        reward, end = (torch.from_numpy(column[steps].astype(np.float32))[:, None]
+                       for column in (played.replay.reward, played.replay.terminal))
+        value = torch.zeros(len(reward) + 1, 1)
+        value[-1] = float(played.value[stop - 1])  # where the episode was cut off
+        returns += lambda_return(reward, end, value, s.gamma, 1.0).flatten().tolist()
+        scores.append(f"{reward.sum():g}" + "+" * (len(reward) == CHECK_LIMIT))
+        at += range(first, stop)
+        for step in range(first + player.half, stop):  # before, a state is as old as the episode
+            ages.setdefault(int(played.age[step]) // quarter * quarter, []).append(step)
+    value, known = played.value[at], played.replay.reward[at].mean()
+    agree = float(np.corrcoef(value, returns)[0, 1]) if np.std(returns) and value.std() else 0.0
+    kl = {f"{age} on": float(played.kl[ages[age]].mean()) for age in sorted(ages)}
 
-    kl, age = (np.concatenate([getattr(e, name)[1:] for e in episodes]) for name in ("kl", "age"))
-    edges = np.unique([0, *np.linspace(player.half, 2 * player.half, 4).astype(int)])
-    by_age = {f"{low} to {high - 1}": float(kl[(age >= low) & (age < high)].mean())
-              for low, high in zip(edges, edges[1:]) if ((age >= low) & (age < high)).any()}
-    print(f"\n{'age of the play state, steps':<32}" + "".join(f"{name:>10}" for name in by_age)
-          + f"\n{'KL, nats':<32}" + "".join(f"{value:>10.2f}" for value in by_age.values()))
-    value = np.concatenate([e.value for e in episodes])
-    returns = np.concatenate([return_that_followed(e, s.gamma) for e in episodes])
-    correlation = float(np.corrcoef(value, returns)[0, 1]) if returns.std() and value.std() else 0.0
-    print(f"\nvalue and return that followed: correlation {correlation:.2f}, "
-          f"means {value.mean():.2f} and {returns.mean():.2f}")
+    def line(name, cells):
+        return f"{name:<32}" + "".join(
+            f"{cell:>10}" if isinstance(cell, (str, int)) else f"{cell:>10.2f}" for cell in cells)
+
+    rows = [line(name, ("-" if math.isnan(table[k][name]) else table[k][name] for k in DREAMT))
+            for name in table[1]]
+    print(f"{CHECK_EPISODES} episodes, scores {', '.join(scores)}; {len(starts)} dreams; errors "
+          f"are of 255\n\n{line('steps of a dream', DREAMT)}", *rows, "", sep="\n")
+    print(line("age of the play state, steps", kl), line("KL, nats", kl.values()), sep="\n")
+    print(f"\nvalue and return that followed: correlation {agree:.2f}, means {value.mean():.2f} "
+          f"and {np.mean(returns):.2f}; real reward a step {known:.3f}")
+    clean = {k: {name: None if math.isnan(value) else value for name, value in row.items()}
+             for k, row in table.items()}
     write_file(path.with_suffix(".json"), json.dumps(dict(
-        dreams=table, kl_by_age=by_age, value_correlation=correlation,
-        mean_value=float(value.mean()), mean_return=float(returns.mean()),
-        scores=[float(e.reward.sum()) for e in episodes]), indent=1).encode())
-    longest = max(episodes, key=lambda e: len(e.action))
-    middle = (len(longest.action) - PICTURE_STEPS) // 2
-    span = slice(middle, middle + PICTURE_STEPS)
-    window = Batch(longest.frame[span], longest.action[span], longest.reward[span],
-                   longest.terminal[span], np.zeros(PICTURE_STEPS, bool))
-    write_png(path, [dream_picture(player.model, stacked([window], device))])
+        dreams=clean, kl_by_age=kl, value_correlation=agree, mean_value=float(value.mean()),
+        mean_return=float(np.mean(returns)), scores=scores), indent=1).encode())
+    middle = starts[len(starts) // 2 : len(starts) // 2 + 1] - PICTURE_CONTEXT + 1
+    window = played.replay.windows(middle, PICTURE_STEPS, device)
+    randomness(s.seed, 0, "picture")
+    write_png(path, [dream_picture(player.model, window)])
     print(f"one of the dreams beside what happened: {path}")
 
 
@@ -1205,13 +1175,15 @@ def curves(folders: list[Path], path: Path):
     for folder in folders:
         try:
             s = json.loads((folder / "settings.json").read_bytes())
-            rows = (folder / "episodes.csv").read_text().splitlines()[1:]
-            points = np.array([[float(cell) for cell in row.split(",")[:2]] for row in rows])
-        except (OSError, ValueError) as error:
-            raise Mistake(f"{folder} holds no run that could be drawn ({error}).") from None
-        if len(points) == 0:
+            game, name = s["game"], f"{s['preset']}, seed {s['seed']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Mistake(f"{folder} holds no run.") from None
+        table = folder / "episodes.csv"
+        rows = table.read_text().splitlines()[1:] if table.exists() else []
+        points = [row.split(",")[:2] for row in rows if row.count(",") > 2]  # and whole
+        if not points:
             raise Mistake(f"{folder} has not finished an episode yet.")
-        panels.setdefault(s["game"], []).append((f"{s['preset']}, seed {s['seed']}", points))
+        panels.setdefault(game, []).append((name, np.array(points, float)))
     width, height, parts = 660, 300, []
     for number, (game, runs) in enumerate(sorted(panels.items())):
         parts.append(f'<g transform="translate(0 {number * height})">{panel(game, runs)}</g>')
@@ -1252,14 +1224,14 @@ def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
         parts += [f'<path d="M{left} {y}H{right}" stroke="grey" stroke-dasharray="4 4"/>',
                   text(right + 6, lowest, f"{name} {score:,g}", fill="grey")]
     for number, (name, points) in enumerate(runs):
-        colour = f"hsl({(210 + 137 * number) % 360} 70% 45%)"
+        colour = f"hsl({(210 + 137 * number) % 360},70%,45%)"
         mean = [points[max(0, i + 1 - SMOOTH) : i + 1, 1].mean() for i in range(len(points))]
         line = "L".join(" ".join(place(*point)) for point in zip(points[:, 0], mean))
         parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for point in points:
             x, y = place(*point)
             parts.append(f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}" opacity="0.4"/>')
-        parts.append(text(left + 110 + 120 * number, top - 12, name, fill=colour))
+        parts.append(text(right + 6, bottom - 14 * number, name, fill=colour))
     return "".join(parts)
 
 
@@ -1400,8 +1372,8 @@ class Folder:
         need = BYTES_A_STEP * (run.settings.steps - run.step) + state * (1 if run.step else 3)
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
         if need > (free := shutil.disk_usage(there).free):
-            raise Mistake(f"this run may take {need / 2**20:,.0f} MiB more in {self.path} and the disk "
-                          f"has {free / 2**20:,.0f}: make room, or give another folder with --run.")
+            raise Mistake(f"this run may take {need / 2**20:,.0f} MiB more in {self.path} and the "
+                          f"disk has {free / 2**20:,.0f}: make room, or give another --run.")
 
     def append(self, run: Run, name: str, row: dict):
         """Add a row to metrics.csv or episodes.csv, and to its text in the run."""
@@ -1527,7 +1499,11 @@ def restore(run: Run, state: dict, chunks: dict[str, bytes]):
     if run.sums:
         run.sums["values"] = run.sums["values"].to(run.device)
     for name in LEARNING:
-        getattr(run, name).load_state_dict(state["learning"][name])
+        part = getattr(run, name)
+        fresh = [dict(group) for group in getattr(part, "param_groups", [])]
+        part.load_state_dict(state["learning"][name])
+        for group, ours in zip(getattr(part, "param_groups", []), fresh):  # what a device wants
+            group |= {key: ours[key] for key in ("eps", "capturable") if key in ours}
     if state["player"]:
         run.player = make_player(run.settings, run.model, run.agent)
         run.player.load_state_dict(state["player"])
@@ -1588,8 +1564,8 @@ def make_parser() -> Parser:
     parser.add_argument("--eval", metavar="RUN", help="play full episodes with a run's agent")
     parser.add_argument("--watch", metavar="RUN", help="film an episode of a run's agent")
     parser.add_argument("--model-check", metavar="RUN", help="compare a run's dreams with the game")
-    parser.add_argument("--act-on", choices=("posterior", "prior"), help="for these three: the "
-                        "actor sees the frame or, as in the published code, a guess at it")
+    parser.add_argument("--act-on", choices=("posterior", "prior"), help="for --eval and --watch: "
+                        "the actor sees the frame or, as in the published code, a guess at it")
     parser.add_argument("--curves", metavar="RUN", nargs="+", help="draw runs' training scores")
     parser.add_argument("--bench", action="store_true", help="time every phase and leave")
     parser.add_argument("--list-games", action="store_true", help="list the games")
@@ -1624,6 +1600,8 @@ def settings_of(manifest: dict) -> Settings:
     if unknown := set(saved) - {f.name for f in fields(Settings)}:
         raise Mistake(f"the run was made with {flag(min(unknown))}, which this version does not "
                       "have: go on with the version that made it.")
+    if isinstance(saved["kernel"], int):  # as in older files
+        saved["kernel"] = [saved["kernel"]]
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
@@ -1735,9 +1713,12 @@ def train_command(flags: dict):
 
 def play_command(flags: dict, kind: str):
     """--eval, --watch, --model-check: play with what a run has learnt so far."""
-    path, act_on = Path(flags.pop(kind)), flags.pop("act_on", "posterior")
-    if extra := sorted(set(flags) - {"device", "threads", "eval_episodes"}):
+    path = Path(flags.pop(kind))
+    allowed = {"device", "threads"} | dict(eval={"act_on", "eval_episodes"}, watch={"act_on"},
+                                           model_check=set())[kind]
+    if extra := sorted(set(flags) - allowed):
         raise Mistake(f"{flag(kind)} takes its settings from the run: leave out {flag(extra[0])}.")
+    act_on = flags.pop("act_on", "posterior")
     check(Settings(**flags))
     if flags.get("threads"):
         torch.set_num_threads(flags["threads"])
@@ -1775,7 +1756,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(s.threads or torch.get_num_threads())
             bench(s, device)
         elif "act_on" in flags:
-            raise Mistake("--act-on belongs to --eval, --watch or --model-check.")
+            raise Mistake("--act-on belongs to --eval or --watch.")
         else:
             train_command(flags)
     except Mistake as mistake:

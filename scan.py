@@ -339,9 +339,9 @@ class SSD(torch.autograd.Function):
         # 2. What each block alone adds to the state, and the chain of states.
         write = B[:, :, None] * (leave * dt)[..., None]  # (K, B, H, Q, N)
         added = write.transpose(3, 4) @ inputs[:K, ..., :Q, :]  # (K, B, H, N, P)
-        for k in range(K):
-            torch.addcmul(added[k], through[k], inputs[k, ..., Q:, :],
-                          out=inputs[k + 1, ..., Q:, :])
+        firsts = inputs[..., Q:, :].unbind()
+        for plus, decay, first, after in zip(added.unbind(), through.unbind(), firsts, firsts[1:]):
+            torch.addcmul(plus, decay, first, out=after)
         # 3. The outputs. D joins the diagonal, where a step meets itself.
         weights = x.new_empty(K, batch, H, Q + N, Q)
         scores = (B @ C.transpose(2, 3))[:, :, None]  # (K, B, 1, Q, Q)
@@ -370,10 +370,11 @@ class SSD(torch.autograd.Function):
         # 2. The chain of states, backwards.
         read = C[:, :, None] * enter[..., None]  # (K, B, H, Q, N)
         gadded = read.transpose(3, 4) @ gouts[..., :Q, :]  # (K, B, H, N, P)
+        gadded_k, through_k, glasts = gadded.unbind(), through.unbind(), gouts[..., Q:, :].unbind()
         for k in range(K - 1, 0, -1):
-            torch.addcmul(gadded[k], through[k], gouts[k, ..., Q:, :], out=gouts[k - 1, ..., Q:, :])
+            torch.addcmul(gadded_k[k], through_k[k], glasts[k], out=glasts[k - 1])
             if ctx.every:
-                gouts[k - 1, ..., Q:, :] += gstates[:, k - 1].transpose(2, 3)
+                glasts[k - 1].add_(gstates[:, k - 1].transpose(2, 3))
         gfirst = torch.addcmul(gadded[0], through[0], gouts[0, ..., Q:, :])
         # 3. The gradients of the inputs.
         scores = (B @ C.transpose(2, 3))[:, :, None]  # (K, B, 1, Q, Q)
@@ -629,6 +630,7 @@ class SequenceModel(nn.Module):
         The states are those after the last step; or, (B, L / every, ...), those after each piece
         of `every` steps, which must divide L.
         """
+        assert not every or inputs.shape[1] % every == 0, (inputs.shape, every)
         before = self.initial_state(len(inputs)) if state is None else state
         u, after = self.stem(inputs), []  # (B, L, d_model)
         for layer, layer_state in zip(self.layers, before):

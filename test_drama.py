@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import torchgen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import agent as agent_file
 import drama
@@ -474,7 +474,7 @@ class FakeGame:
 
 def tiny_model(actions=4, **changes):
     torch.manual_seed(0)
-    sizes = dict(channels=[4, 4], strides=[4, 4], kernel=5, groups=4, classes=4, d_model=16,
+    sizes = dict(channels=[4, 4], strides=[4, 4], kernels=[5, 5], groups=4, classes=4, d_model=16,
                  layers=2, backbone="mamba2", d_state=4, head_dim=8, dropout=0.1, head_hidden=8,
                  unimix=0.01, free_nats=1.0, representation_scale=0.1, balance=False,
                  event_weights=False)  # fmt: skip
@@ -660,7 +660,7 @@ def test_image_loss_is_summed_over_pixels_and_averaged_over_steps():
     close(model.loss(white)[1]["image_loss"], 0.25 * 3 * 64 * 64, 1e-4)
 
 
-@pytest.mark.parametrize("kernel, stride", [(5, 1), (5, 2), (4, 2), (3, 2), (7, 4), (5, 4)])
+@pytest.mark.parametrize("kernel, stride", [(5, 1), (5, 2), (4, 2), (3, 2), (7, 4), (5, 4), (8, 4)])
 def test_the_decoders_convolution_is_torchs_transposed_one(kernel, stride):
     padding = (kernel - 1) // 2
     sizes = (3, 2, kernel, stride, padding, stride + 2 * padding - kernel)
@@ -1666,7 +1666,7 @@ def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(fake, tmp_path, c
 CHANGED = dict(
     preset="debug", game="Pong", seed=3, steps=70, device="cpu", threads=1, precision="bfloat16",
     graphs=False, replay_device="cpu", save_minutes=7.5, log_every=3, eval_episodes=1, warmup=33, train_every=5,
-    sampling="uniform", tau=3.5, batch=3, length=6, channels=(4, 6), strides=(4, 4), kernel=7,
+    sampling="uniform", tau=3.5, batch=3, length=6, channels=(4, 6), strides=(4, 4), kernel=(7, 4),
     groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8, head_dim=12,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
     balance=False, event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3,
@@ -1766,7 +1766,8 @@ def test_README_snippet_loads_a_run_and_acts(fake, tmp_path):
     assert space["action"].shape == (1,) and 0 <= int(space["action"]) < space["game"].actions
 
 
-def test_bench_times_every_phase(capsys):
+def test_bench_times_every_phase(capsys, monkeypatch):
+    monkeypatch.setattr(drama, "PRODUCT", 64)
     assert drama.main(["--preset", "debug", "--steps", "80", "--bench"]) == 0
     printed = capsys.readouterr().out
     for phase in ("play", "model update", "dream", "agent update", "replay sampling", "hours"):
@@ -1960,115 +1961,176 @@ def test_load_player_acts_without_the_loop(run_folder):
 # What the model has learnt
 
 
+def two(p):
+    return torch.stack([p, 1 - p], -1).unsqueeze(-2)  # (..., 1, 2)
+
+
+def kl_by_hand(p, q):
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
 class Oracle:
     """A model that dreams what happens in `counted`: the frame is the sum of the actions so far."""
 
     def images(self, frame):
-        return frame.movedim(-1, -3).float() / 255
+        return frame.flatten(end_dim=-4).movedim(-1, -3).float() / 255
 
     def posterior(self, image):
-        return torch.full((len(image), 1, 2), 0.5)
+        return two(0.2 + image[:, 1, 0, 0] / 2)
 
     def prior(self, d):
-        return torch.tensor([0.25, 0.75]).expand(len(d), 1, 2)
+        return two(0.4 + d[:, 0] / 100)
 
     def starts_from_contexts(self, batch):
+        assert batch.first[:, 1:].sum() == 0
         return batch.frame[:, -1, 0, 0, 0].int()  # what the last frame of the context shows
 
     def imagine(self, start, horizon, policy):
         actions = [policy(t, None, None) for t in range(horizon)]
         z = [start + sum(actions[:t]) for t in range(horizon + 1)]
+        d = torch.arange(horizon + 1.0)[:, None, None].expand(-1, len(start), 1)
         actions = torch.stack(actions)
-        d = torch.zeros(horizon + 1, len(start), 1)
         return Dream(torch.stack(z), d, actions, actions.float(), (actions == 9).float())
 
     def decode(self, z):
         return (z / 255).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
 
 
-def counted(actions):
-    """An episode in which action a adds a to every pixel, earns a, and 9 ends a life."""
-    actions = np.array(actions)
-    frame = (np.cumsum(actions) - actions)[:, None, None, None] * np.ones((1, 64, 64, 3))
-    zeros = np.zeros(len(actions))
-    return drama.Played(frame.astype(np.uint8), actions, actions.astype(np.float32), actions == 9,
-                        zeros, zeros, zeros)
+def counted(*episodes):
+    """Episodes in which action a adds a to every pixel, earns a, and 9 ends a life."""
+    replay, spans = Replay(100), []
+    for actions in episodes:
+        start = replay.length
+        for t, a in enumerate([*actions, 0]):  # the last is the frame that it ended with
+            frame = np.full((64, 64, 3), sum(actions[:t]), np.uint8)
+            replay.add(frame, a, float(a), a == 9, t == 0)
+        spans.append((start, start + len(actions)))
+    nothing = np.zeros(replay.length)
+    return drama.Played(replay, spans, nothing, nothing, nothing)
 
 
-def oracle_compared():
-    player = types.SimpleNamespace(model=Oracle(), half=3)
-    episodes = [counted([0, 20, 9] * 8), counted([0] * 10)]  # the second is too short to be used
-    return drama.dream_beside(player, episodes, torch.device("cpu"))
-
-
-def test_the_check_sets_every_dream_beside_the_frames_it_is_a_dream_of():
-    for k, c in oracle_compared().items():
-        assert len(c.reward) == 2  # 19 steps, every fourth of 24
-        figures = drama.figures(c)
+def test_the_check_sets_every_dream_beside_what_happened():
+    model, actions, cpu = Oracle(), ([9, 0, 20] * 8)[:22], torch.device("cpu")
+    played = counted(actions, [0] * 10)  # the second is over before anything can be compared
+    player = types.SimpleNamespace(model=model, half=3)
+    starts, dream = drama.dream_beside(player, played, cpu)
+    assert starts.tolist() == [3, 7]  # every fourth from 3 on, as long as 15 steps are left
+    for k in (1, 5, 15):
+        figures = drama.figures(model, played.replay, starts, dream, k, cpu)
+        taken = actions[3 : 3 + k] + actions[7 : 7 + k]
+        for name in ("rewards", "ends"):
+            came = sum(a != 0 if name == "rewards" else a == 9 for a in taken)
+            assert figures[f"{name} that came"] == came
+            assert came == 0 or figures[f"{name} foreseen, %"] == 100
+            assert came == 0 or figures[f"foreseen {name} that came, %"] == 100
+        close(figures["mean reward"], sum(taken) / (2 * k), 1e-5)
+        close(figures["mean dreamt reward"], sum(taken) / (2 * k), 1e-5)
         assert figures["error, all pixels"] < 1e-3
-        assert c.reward.equal(c.dreamt_reward) and c.end.equal(c.dreamt_end)
-        assert c.kl.allclose(torch.tensor(0.5 * math.log(2) + 0.5 * math.log(2 / 3)))
-        # context 3: dreams from steps 3 and 7; frame 3 + k shows the sum of the actions before it
-        for n, start in enumerate((3, 7)):
-            sum_before = lambda t: sum(([0, 20, 9] * 8)[:t])
-            close(255 * c.image[n, 0, 0, 0], sum_before(start + k), 1e-3)
-            close(255 * c.before[n, 0, 0, 0], sum_before(start + k - 1), 1e-3)
-            close(255 * c.opening[n, 0, 0, 0], sum_before(start), 1e-3)
-            assert c.reward[n] == ([0, 20, 9] * 8)[start + k - 1]
+        levels = [sum(actions[: start + k]) for start in (3, 7)]
+        stood = [sum(actions[:start]) for start in (3, 7)]
+        still = math.sqrt(sum((a - b) ** 2 for a, b in zip(levels, stood)) / 2)
+        close(figures["  had nothing moved"], still, 1e-3)
+        kl = [kl_by_hand(0.2 + level / 510, 0.4 + k / 100) for level in levels]
+        close(figures["KL, nats"], sum(kl) / 2, 1e-5)
+        moves = [actions[start + k - 1] == 20 for start in (3, 7)]  # of 255: more than 16
+        assert not any(moves) or figures["moving pixels that move, %"] == 100
 
 
-def test_the_figures_of_the_check_by_hand():
-    grey = lambda *levels: torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 1, 1) / 255
-    c = drama.Compared(
-        image=grey(100.0, 50.0), before=grey(50.0, 50.0), dreamt=grey(90.0, 50.0),
-        dreamt_before=grey(60.0, 50.0), opening=grey(40.0, 50.0),
-        reward=torch.tensor([4.0, 0.0]), dreamt_reward=torch.tensor([2.5, 2.5]),
-        end=torch.tensor([1.0, 0.0]), dreamt_end=torch.tensor([0.4, 0.6]), kl=torch.tensor([1.0, 3.0]))
-    expected = [math.sqrt(50), math.sqrt(1800), 10, 60, 100, 2, 2, 2.5, 100, 50, 0, 0]
-    np.testing.assert_allclose(list(drama.figures(c).values()), expected, rtol=1e-5)
+def test_a_dream_that_stands_still_follows_no_moving_pixel():
+    model, cpu = Oracle(), torch.device("cpu")
+    played = counted([0, 0, 0] + [20] * 10)
+    dream = model.imagine(torch.tensor([0]), 5, lambda t, z, d: torch.tensor([0]))
+    figures = drama.figures(model, played.replay, np.array([3]), dream, 2, cpu)
+    assert figures["moving pixels that move, %"] == 0 and figures["rewards foreseen, %"] == 0
+    close(figures["error, moving pixels"], 40.0, 1e-3)
+    close(figures["  had they not moved"], 40.0, 1e-3)
 
 
-def test_the_return_that_followed_ends_with_the_life():
-    episode = counted([1, 9, 2, 4])
-    np.testing.assert_allclose(drama.return_that_followed(episode, 0.5), [5.5, 9, 4, 4])
+def test_the_check_notes_what_player_and_critic_had_before_the_action(fake):
+    """A player whose z_t is the frame's time and whose d is the number of its actions."""
+    player = types.SimpleNamespace(model=Oracle(), d=torch.zeros(5, 1), age=0, history=[])
+    player.agent = types.SimpleNamespace(value=lambda z, d: z + 1000 * d[:, 0])
+
+    def act(frame, first):
+        assert first.all() == (player.age == 0) and first.any() == first.all()
+        player.history.append((frame[:, 0, 0, 1] / 10, None))
+        player.d, player.age = player.d + 1, player.age + 1
+        return torch.full((5,), player.age % 4)
+
+    player.act = act
+    s = tiny_settings()
+    played = drama.play_to_check(s, player, torch.device("cpu"))
+    seeds = drama.episode_seeds(s.seed, 2, "test", 5)
+    assert len(played.spans) == 5
+    for seed, (first, stop) in zip(seeds, played.spans):
+        assert stop - first == FakeGame.episode_length(seed)
+        for t, step in enumerate(range(first, stop + 1)):
+            assert played.replay.frame[step, 0, 0, 1] == 10 * t  # the frame before the action
+            assert played.replay.first[step] == (t == 0)
+            if step < stop:
+                assert played.replay.action[step] == played.replay.reward[step] == (t + 1) % 4
+                assert played.value[step] == 1001 * t and played.age[step] == t
+                close(played.kl[step], kl_by_hand(0.2 + 10 * t / 510, 0.4 + t / 100), 1e-5)
 
 
 def test_model_check_prints_a_table_and_draws_a_dream(run_folder, monkeypatch, capsys):
     before = digest({path.name: path.read_bytes() for path in sorted(run_folder.iterdir())})
     assert drama.main(["--model-check", str(run_folder)]) == 1  # episodes of 9 to 13 steps
-    assert "15 steps" in capsys.readouterr().err
+    assert "19 steps" in capsys.readouterr().err
     assert before == digest({path.name: path.read_bytes() for path in sorted(run_folder.iterdir())})
     monkeypatch.setattr(drama, "DREAMT", (1, 2, 4))
-    monkeypatch.setattr(drama, "PICTURE_STEPS", 9)
+    monkeypatch.setattr(drama, "PICTURE_STEPS", 8)
     assert drama.main(["--model-check", str(run_folder)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"error, all pixels( +\d+\.\d\d){3}", out) and "correlation" in out
-    kept = json.loads((run_folder / "model-check-000064.json").read_text())
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    kept = json.loads((run_folder / "model-check-000064.json").read_text(), parse_constant=refuse)
     assert set(kept["dreams"]) == {"1", "2", "4"} and len(kept["scores"]) == 5
     assert kept["kl_by_age"] and all(kl >= 0 for kl in kept["kl_by_age"].values())
     assert png_chunks(run_folder / "model-check-000064.png")
 
 
-def test_curves_show_every_episode_and_the_known_scores(run_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags", ["--eval-episodes 3", "--act-on prior", "--seed 1"])
+def test_flags_that_the_check_does_not_take_are_refused(flags, run_folder, capsys):
+    argv = ["--model-check", str(run_folder), *flags.split()]
+    refused(capsys, run_folder, argv, flags.split()[0])
+
+
+def drawable(folder, game="Dot", rows=("100,0,100,", "200,10,100,", "400,20,200,")):
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps(dict(game=game, preset="laptop", seed=3)))
+    (folder / "episodes.csv").write_text("\n".join(["step,score,length,human_normalised", *rows]))
+    return str(folder)
+
+
+def test_curves_are_drawn_where_the_scores_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert drama.main(["--curves", str(run_folder), str(run_folder)]) == 0
+    monkeypatch.setattr(drama, "SMOOTH", 2)
+    runs = [drawable(tmp_path / "a"), drawable(tmp_path / "b", "Breakout", ["50,30,50,100", "60,"])]
+    assert drama.main(["--curves", *runs]) == 0
     root = xml.etree.ElementTree.parse(tmp_path / "curves.svg").getroot()
-    found = collections.Counter(element.tag.split("}")[1] for element in root.iter())
-    rows = (run_folder / "episodes.csv").read_text().splitlines()[1:]
-    assert found["circle"] == 2 * len(rows) and found["g"] == 1
-    words = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"Breakout", "random 2", "human 30", "published Drama 7"} <= set(words)
-    score = {float(row.split(",")[1]) for row in rows}
-    low, high = 2.0, max(*score, 30.0)
-    heights = {round(float(element.get("cy")), 1) for element in root.iter() if element.get("cy")}
-    assert heights == {round(260 - 230 * (x - min(low, *score)) / (high - min(low, *score)), 1)
-                       for x in score}  # fmt: skip
+    breakout, dot = (group for group in root.iter() if group.tag.endswith("}g"))
+    dots = [(e.get("cx"), e.get("cy")) for e in dot.iter() if e.tag.endswith("circle")]
+    assert dots == [("177.5", "260.0"), ("285.0", "145.0"), ("500.0", "30.0")]
+    line = [e.get("d") for e in dot.iter() if e.get("stroke-width") == "2"]
+    assert line == ["M177.5 260.0L285.0 202.5L500.0 87.5"]  # means of 0; 0, 10; 10, 20
+    words = {e.text for e in breakout.iter() if e.tag.endswith("text")}
+    assert {"Breakout", "random 2", "human 30", "published Drama 7", "laptop, seed 3"} <= words
+    assert sum(e.tag.endswith("circle") for e in breakout.iter()) == 1  # the other row is half written
 
 
-@pytest.mark.parametrize("argv, says", [(["missing"], "missing holds no run"),
-                                        (["run", "--seed", "3"], "--seed")])  # fmt: skip
+@pytest.mark.parametrize("argv, says", [
+    (["missing"], "missing holds no run"), (["run", "--seed", "3"], "--seed"),
+    (["list"], "list holds no run"), (["young"], "young has not finished an episode"),
+])  # fmt: skip
 def test_curves_of_nothing_are_refused(argv, says, run_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    drawable(tmp_path / "young", rows=[])
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "settings.json").write_text("[]")
     refused(capsys, tmp_path, ["--curves", *argv], says)
 
 
@@ -2256,20 +2318,23 @@ GRAPHED = {"batch": [], "contexts": "--dream-from contexts --context 4 --optimiz
            "mamba": ["--backbone", "mamba"]}  # fmt: skip
 
 
+PHASES = {"world_gradient", "world_step", "imagine", "agent_gradient", "agent_step", "decide"}
+
+
 class Replayed(drama.Graph):
     """As CUDA does it, but with Python: inputs are copied to where they were when it was
     recorded, and the outputs of a call overwrite those of the call before."""
 
-    recorded = 0
+    recorded = set()
 
     def __call__(self, *inputs):
         self.calls += 1
         if self.calls <= self.WARM:
             return self.function(*inputs)
         if self.graph is None:
-            Replayed.recorded += 1
-            self.inputs = drama.copy_of(inputs)
-        for mine, given in zip(drama.tensors_in(self.inputs), drama.tensors_in(inputs), strict=True):
+            Replayed.recorded.add(getattr(self.function, "func", self.function).__name__)
+            self.inputs = tree_map(torch.clone, inputs)
+        for mine, given in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
             mine.copy_(given)
         fresh = self.function(*self.inputs)
         if self.graph is None:
@@ -2285,9 +2350,9 @@ def test_a_run_from_graphs_is_the_run_without(flags, runs, tmp_path, monkeypatch
     assert command(tmp_path / "plain", *flags) == 0
     monkeypatch.setattr(drama, "has_graphs", lambda s, device: s.graphs)
     monkeypatch.setattr(drama, "Graph", Replayed)
-    Replayed.recorded = 0
+    monkeypatch.setattr(Replayed, "recorded", set())
     assert command(tmp_path / "graphs", *flags) == 0
-    assert Replayed.recorded >= 6  # five phases, and play
+    assert Replayed.recorded == PHASES
     plain, graphs = (digest([run.model.state_dict(), run.agent.state_dict(), run.sums,
                              run.player.state_dict(), run.replay.steps(0, run.step)])
                      for run in runs)  # fmt: skip
@@ -2334,8 +2399,7 @@ def test_nothing_in_a_phase_looks_at_a_number(flags, fake, tmp_path, monkeypatch
     monkeypatch.setattr(drama, "has_graphs", lambda s, device: True)
     monkeypatch.setattr(drama, "Graph", Watched)
     assert command(tmp_path / "run", *flags) == 0
-    assert set(calls) == {"world_gradient", "world_step", "imagine", "agent_gradient", "agent_step",
-                          "decide"}  # fmt: skip
+    assert set(calls) == PHASES
 
 
 def test_the_watch_for_host_reads_can_say_no():
@@ -2348,6 +2412,7 @@ def test_the_watch_for_host_reads_can_say_no():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("flags", GRAPHED.values(), ids=GRAPHED)
 def test_on_CUDA_a_run_from_graphs_has_the_numbers_of_one_without(flags, runs, tmp_path):
+    torch.backends.cudnn.deterministic = True  # or a latent might be drawn otherwise
     for graphs in ("--graphs", "--no-graphs"):
         assert command(tmp_path / graphs, "--device", "cuda", graphs, *flags) == 0
     a, b = (tree_leaves([run.model.state_dict(), run.agent.state_dict()]) for run in runs)
@@ -2756,7 +2821,7 @@ def test_twelve_kills_half_of_them_inside_a_save_change_nothing(reference, tiny,
     def run_and_be_killed(number, rng):
         signal.alarm(60)
         patch, calls = pytest.MonkeyPatch(), itertools.count()
-        place = ("randomness", "learn_world", "dream_on")[number // 2 % 3]
+        place = ("randomness", "learn_world", "imagine")[number // 2 % 3]
         function, save = getattr(drama, place), drama.Folder.save
 
         def saving(folder, run):
