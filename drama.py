@@ -606,6 +606,20 @@ def learn_to_act(run: Run, dream: Dream, progress: float):
     return metrics, taken
 
 
+def draw_windows(run: Run, rng) -> Batch:
+    """Windows of the replay to train the world model on."""
+    s = run.settings
+    starts = run.replay.training_windows(s.batch, s.length, s.temperature, rng)
+    return run.replay.windows(starts, s.length, run.device)
+
+
+def draw_contexts(run: Run, rng) -> Batch:
+    """Windows of the replay to dream on from."""
+    s = run.settings
+    starts = run.replay.dreaming_windows(s.dreams, s.context, s.temperature, rng, s.dreams / s.batch)
+    return run.replay.windows(starts, s.context, run.device)
+
+
 def train(run: Run, folder: "Folder"):
     """Drama's training loop (paper, algorithm 1), from run.step to the end."""
     s, device, replay = run.settings, run.device, run.replay
@@ -637,18 +651,13 @@ def train(run: Run, folder: "Folder"):
                 progress = min(1.0, (run.updates + 1) / s.warmup_updates)
 
                 # ---- 2. Learn the world, from windows of the replay
-                rng = randomness(s.seed, step, "windows")
-                starts = replay.training_windows(s.batch, s.length, s.temperature, rng)
-                batch = replay.windows(starts, s.length, device)
+                batch = draw_windows(run, randomness(s.seed, step, "windows"))
                 randomness(s.seed, step, "model")
                 z, metrics, learnt = learn_world(run, batch, progress)
 
                 # ---- 3. Learn in the dream
-                rng = randomness(s.seed, step, "contexts")
                 if s.dream_from == "contexts":
-                    starts = replay.dreaming_windows(s.dreams, s.context, s.temperature, rng,
-                                                     s.dreams / s.batch)
-                    batch = replay.windows(starts, s.context, device)
+                    batch = draw_contexts(run, randomness(s.seed, step, "contexts"))
                 randomness(s.seed, step, "dream")
                 more, improved = {}, False
                 if learnt:  # else the latents to start from may be broken, too
@@ -765,13 +774,8 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
         return result
 
     def sample():
-        starts = run.replay.training_windows(s.batch, s.length, s.temperature, rng)
-        batch = contexts = run.replay.windows(starts, s.length, device)
-        if s.dream_from == "contexts":
-            starts = run.replay.dreaming_windows(s.dreams, s.context, s.temperature, rng,
-                                                 s.dreams / s.batch)
-            contexts = run.replay.windows(starts, s.context, device)
-        return batch, contexts
+        batch = draw_windows(run, rng)
+        return batch, draw_contexts(run, rng) if s.dream_from == "contexts" else batch
 
     while run.step < s.steps:  # a full replay: random play, repeated
         if run.step < s.warmup:
