@@ -178,7 +178,7 @@ PRESETS = {
     "laptop": dict(  # as many updates as steps, of a quarter of the windows: README, "Results"
         OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
         length=64, dreams=64, horizon=15, critic_hidden=256, tau=2.5, optimizer="adam",
-        model_rate=4e-4, agent_rate=2e-4, eps=1e-8, warmup_updates=200),
+        model_rate=4e-4, agent_rate=4e-5, eps=1e-8, warmup_updates=200),
     "debug": dict(  # seconds; learns nothing
         OURS, steps=192, warmup=64, train_every=8, batch=4, length=16, channels=(4, 8, 8, 8),
         strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32, head_dim=16, head_hidden=16,
