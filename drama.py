@@ -1503,11 +1503,10 @@ def restore(run: Run, state: dict, chunks: dict[str, bytes]):
     if run.sums:
         run.sums["values"] = run.sums["values"].to(run.device)
     for name in LEARNING:
-        part = getattr(run, name)
-        fresh = [dict(group) for group in getattr(part, "param_groups", [])]
-        part.load_state_dict(state["learning"][name])
-        for group, ours in zip(getattr(part, "param_groups", []), fresh):  # what a device wants
-            group |= {key: ours[key] for key in ("eps", "capturable") if key in ours}
+        for group, ours in zip(state["learning"][name].get("param_groups", []),
+                               getattr(getattr(run, name), "param_groups", [])):
+            group |= {key: ours[key] for key in ("eps", "capturable") if key in ours}  # the device's
+        getattr(run, name).load_state_dict(state["learning"][name])
     if state["player"]:
         run.player = make_player(run.settings, run.model, run.agent)
         run.player.load_state_dict(state["player"])

@@ -2680,6 +2680,21 @@ def test_the_list_of_saved_things_is_complete(reference, tiny):
     assert set(state["learning"]) == set(drama.LEARNING)
 
 
+def test_an_optimiser_takes_its_state_from_the_file_and_its_device_settings_from_here(fake):
+    run, other = (drama.Run(tiny_settings(optimizer="adam"), torch.device("cpu")) for _ in range(2))
+    for p in run.model_optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    run.model_optimizer.step()
+    state = drama.state_of(run)
+    for group in state["learning"]["model_optimizer"]["param_groups"]:
+        group |= dict(eps=0.5, capturable=True)  # as saved on another device
+    drama.restore(other, state, {})
+    assert all((group["eps"], group["capturable"]) == (other.settings.eps, False)
+               for group in other.model_optimizer.param_groups)
+    a, b = (run.model_optimizer.state_dict()["state"] for run in (run, other))
+    assert digest(a) == digest(b) and a
+
+
 def test_the_seconds_and_the_number_of_threads_are_kept(reference, tiny, tmp_path):
     _, copies, _ = reference
     manifest, state, _ = drama.Folder(copies / str(STOPPED)).load()
