@@ -228,20 +228,25 @@ def working_type(device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
+def few_frames(count: int, device: torch.device) -> list[slice]:
+    """`count` frames in pieces: what is made of a few of them stays in a CPU's caches, where whole
+    batches take two to three times as long. A GPU, where launches cost, has them all at once."""
+    few = 32 if device.type == "cpu" else count
+    return [slice(start, start + few) for start in range(0, count, few)]
+
+
 class ImageError(torch.autograd.Function):
     """sum of weight (sigmoid(logit) - frame / 255)^2 over all pixels, in float32.
 
     logit (B, 3, size, size), frame (B, size, size, 3) uint8, weight (B, size, size) or None.
     Written by hand because a dozen passes over the largest tensors of all took a third of the
-    update on a CPU: here a few frames at a time go from logits to gradient within the cache.
+    update on a CPU: here a few frames at a time go from logits to gradient.
     """
 
     @staticmethod
     def forward(ctx, logit, frame, weight):
-        few = 16 if logit.device.type == "cpu" else len(logit)  # frames at a time
         gradient, total = torch.empty_like(logit), 0.0
-        for start in range(0, len(logit), few):
-            part = slice(start, start + few)
+        for part in few_frames(len(logit), logit.device):
             image = logit[part].float().sigmoid()
             error = image - frame[part].permute(0, 3, 1, 2) / 255
             weighted = error if weight is None else error * weight[part].unsqueeze(1)
@@ -320,6 +325,13 @@ class WorldModel(nn.Module):
         """Images (B, 3, size, size) -> probabilities of z (B, K, C)."""
         logits = self.posterior_head(self.encoder(image))
         return mixed_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
+
+    @torch.no_grad()
+    def encode(self, frame: Tensor) -> Tensor:
+        """uint8 frames (..., size, size, 3) -> sampled z (..., K), a few frames at a time."""
+        flat = frame.flatten(end_dim=-4)
+        parts = [self.posterior(self.images(flat[few])) for few in few_frames(len(flat), flat.device)]
+        return sample(torch.cat(parts)).unflatten(0, frame.shape[:-3])
 
     def prior(self, d: Tensor) -> Tensor:
         """d_t (..., D) -> probabilities of z_{t+1} (..., K, C)."""
@@ -426,8 +438,7 @@ class WorldModel(nn.Module):
 
         Paper, algorithm 1, with the posterior of the last frame in place of a prior sample.
         """
-        N, L = batch.action.shape
-        z = sample(self.posterior(self.images(batch.frame))).unflatten(0, (N, L))
+        z = self.encode(batch.frame)  # (N, L, K)
         d, state = self.sequence(self.token(z, batch.action)[:, :-1], reset=batch.first[:, :-1])
         return Start(z[:, -1], d[:, -1], state, batch.first[:, -1])
 
@@ -615,7 +626,7 @@ class Player:
 
     def decide(self, frame: Tensor, first: Tensor, d: Tensor, state: tuple[State, ...]):
         """d_{t-1} and the state that step t-1 left -> z_t, a_t, d_t, state."""
-        z = seen = sample(self.model.posterior(self.model.images(frame)))
+        z = seen = self.model.encode(frame)  # (games, K)
         d = torch.where(first[:, None], 0.0, d)
         if self.act_on == "prior":
             seen = torch.where(first[:, None], z, sample(self.model.prior(d)))
