@@ -50,6 +50,19 @@ def at_least_float32(*tensors):
     return [tensor.to(dtype) for tensor in tensors]
 
 
+def every_step(step, x, dt, A, B, C, D, state, reset):
+    """The definition of either scan: its step, again and again."""
+    x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
+    h = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(x.dtype)
+    resets = itertools.repeat(None) if reset is None else reset.unbind(1)
+    y = []
+    for x_t, dt_t, B_t, C_t, reset_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1),
+                                            resets):
+        y_t, h = step(x_t, dt_t, A, B_t, C_t, D, h, reset_t)
+        y.append(y_t)
+    return torch.stack(y, 1), h
+
+
 def in_blocks(tensor, K, Q):
     """(B, L, ...) -> (B K, Q, ...), zeros at the end: a step of size 0 changes nothing."""
     missing = K * Q - tensor.shape[1]
@@ -62,18 +75,18 @@ def in_blocks(tensor, K, Q):
 
 
 @without_autocast
+def s6_step(x, dt, A, B, C, D, h, reset=None):
+    """x, dt (B, W); A (W, N); B, C (B, N); D (W); h (B, W, N); reset (B) -> y (B, W), h"""
+    if reset is not None:
+        h = torch.where(reset[:, None, None], 0, h)
+    h = torch.exp(dt[..., None] * A) * h  # (B, W, N)
+    h = torch.addcmul(h, (dt * x)[..., None], B[:, None])  # h + dt x B^T
+    return torch.addcmul((h * C[:, None]).sum(-1), D, x), h
+
+
 def s6_sequential(x, dt, A, B, C, D, state=None, reset=None):
     """x, dt (B, L, W); A (W, N); B, C (B, L, N); D (W); state (B, W, N) -> y (B, L, W), state"""
-    x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
-    h = x.new_zeros(len(x), *A.shape) if state is None else state.to(x.dtype)
-    y = []
-    for t in range(x.shape[1]):
-        if reset is not None:
-            h = torch.where(reset[:, t, None, None], 0, h)
-        h = torch.exp(dt[:, t, :, None] * A) * h  # (B, W, N)
-        h = torch.addcmul(h, (dt[:, t] * x[:, t])[..., None], B[:, t, None])  # h + dt x B^T
-        y.append((h * C[:, t, None]).sum(-1) + D * x[:, t])  # (B, W)
-    return torch.stack(y, 1), h
+    return every_step(s6_step, x, dt, A, B, C, D, state, reset)
 
 
 def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
@@ -254,20 +267,19 @@ class S6(torch.autograd.Function):
 
 
 @without_autocast
+def ssd_step(x, dt, A, B, C, D, h, reset=None):
+    """x (B, H, P); dt (B, H); A, D (H); B, C (B, N); h (B, H, P, N); reset (B) -> y (B, H, P), h"""
+    if reset is not None:
+        h = torch.where(reset[:, None, None, None], 0, h)
+    h = torch.exp(dt * A)[..., None, None] * h  # (B, H, P, N)
+    h.addcmul_((dt[..., None] * x)[..., None], B[:, None, None])  # h + dt x B^T
+    read = (C[:, None, None] @ h.mT)[:, :, 0]  # (B, H, P)
+    return torch.addcmul(read, D[:, None], x), h
+
+
 def ssd_sequential(x, dt, A, B, C, D, state=None, reset=None):
     """x (B, L, H, P); dt (B, L, H); A, D (H); B, C (B, L, N); state (B, H, P, N) -> y, state"""
-    x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
-    h = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(x.dtype)
-    y = []
-    for t in range(x.shape[1]):
-        if reset is not None:
-            h = torch.where(reset[:, t, None, None, None], 0, h)
-        write = (dt[:, t, :, None] * x[:, t])[..., None]  # (B, H, P, 1)
-        h = torch.exp(dt[:, t] * A)[..., None, None] * h  # (B, H, P, N)
-        h.addcmul_(write, B[:, t, None, None])  # h + dt x B^T
-        read = (C[:, t, None, None] @ h.mT)[:, :, 0]  # (B, H, P)
-        y.append(torch.addcmul(read, D[:, None], x[:, t]))
-    return torch.stack(y, 1), h
+    return every_step(ssd_step, x, dt, A, B, C, D, state, reset)
 
 
 def ssd(x, dt, A, B, C, D, state=None, reset=None, every=None):
@@ -508,9 +520,8 @@ class Mamba(nn.Module):
         """u_t (B, d_model), reset (B) -> y_t (B, d_model), state"""
         x, z = self.in_proj(u_t).chunk(2, -1)  # (B, W)
         x, conv = causal_conv_step(x, self.conv1d, state.conv, reset)  # (B, W)
-        reset = None if reset is None else reset[:, None]
-        y, scan = s6_sequential(*self.scan_inputs(x[:, None]), state.scan, reset)  # (B, 1, W)
-        return self.out_proj(y[:, 0] * F.silu(z)), State(conv, scan)
+        y, scan = s6_step(*self.scan_inputs(x), state.scan, reset)  # (B, W)
+        return self.out_proj(y * F.silu(z)), State(conv, scan)
 
     def scan_inputs(self, x):
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
@@ -562,9 +573,7 @@ class Mamba2(nn.Module):
         """u_t (B, d_model), reset (B) -> y_t (B, d_model), state"""
         z, xBC, dt = self.projections(u_t)  # (B, W), (B, W + 2 N), (B, H)
         xBC, conv = causal_conv_step(xBC, self.conv1d, state.conv, reset)  # (B, W + 2 N)
-        reset = None if reset is None else reset[:, None]
-        inputs = self.scan_inputs(xBC[:, None], dt[:, None])
-        y, scan = ssd_sequential(*inputs, state.scan, reset)  # (B, 1, H, P)
+        y, scan = ssd_step(*self.scan_inputs(xBC, dt), state.scan, reset)  # (B, H, P)
         return self.out_proj(self.norm(y.flatten(1) * F.silu(z))), State(conv, scan)
 
     def projections(self, u):

@@ -885,6 +885,18 @@ def test_T2_starts_from_contexts_hold_what_a_scan_leaves(backbone):
     check_starts(model, model.starts_from_contexts(batch), batch, z, [(0, 4), (1, 4), (2, 4)])
 
 
+def test_frames_encoded_in_pieces_keep_their_order_and_shape():
+    model, level = tiny_model(), (torch.arange(77) % 4).view(7, 11)  # 77 is no multiple of a piece
+    frame = (60 * level).byte()[..., None, None, None].expand(7, 11, 64, 64, 3)
+
+    def certain(image):
+        seen = (255 / 60 * image.mean((1, 2, 3))).round().long()
+        return torch.nn.functional.one_hot(seen, 4)[:, None].expand(-1, 4, -1).float()
+
+    model.posterior = certain
+    assert torch.equal(model.encode(frame), level[..., None].expand(7, 11, 4))
+
+
 def test_a_dream_has_one_state_more_than_steps_and_no_gradient():
     model, agent = tiny_model(), tiny_agent()
     start = model.starts_from_contexts(random_batch(6, 3))
