@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -777,15 +777,8 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
         batch = draw_windows(run, rng)
         return batch, draw_contexts(run, rng) if s.dream_from == "contexts" else batch
 
-    while run.step < s.steps:  # a full replay: random play, repeated
-        if run.step < s.warmup:
-            action = rng.integers(run.game.actions, size=1)
-            frame, reward, terminal, done = run.game.step(action)
-            run.replay.add(run.frame[0], action[0], reward[0], terminal[0], run.step == 0)
-            run.frame = run.game.reset([run.step]) if done[0] else frame
-        else:
-            run.replay.append_steps(run.replay.steps(0, min(s.warmup, s.steps - run.step)))
-        run.step = run.replay.length
+    run.replay.frame.random_()  # a full replay: what its frames show costs nothing
+    run.replay.length = s.steps
     matrix = torch.randn(PRODUCT, PRODUCT, device=device, dtype=half)
     measure("large product", torch.mm, matrix, matrix)
     player = make_player(s, run.model, run.agent)
@@ -855,6 +848,33 @@ def human_normalised(game: str, score: float) -> float | None:
     return 100 * (score - random) / (human - random)
 
 
+class Move(NamedTuple):
+    """A step of games side by side."""
+
+    frame: np.ndarray  # (games, height, width, 3) uint8: what the player saw
+    action: np.ndarray
+    reward: np.ndarray
+    terminal: np.ndarray
+    over: np.ndarray  # (games,) bool: games that are over now
+    after: np.ndarray  # the frames it led to
+
+
+def play(s: Settings, player: Player, device, game: Game, frame: np.ndarray, limit=math.inf):
+    """Play `game`, just reset to `frame`, for `limit` steps or until every copy is over -> Moves.
+
+    A copy that is over earns nothing more.
+    """
+    over, step = np.zeros(len(frame), bool), 0
+    while step < limit and not over.all():
+        randomness(s.seed, step, "test")
+        first = torch.full((len(frame),), step == 0, device=device)
+        action = player.act(torch.from_numpy(frame).to(device), first).cpu().numpy()
+        after, reward, terminal, done = game.step(action)
+        reward, over = np.where(over, 0, reward), over | done
+        yield Move(frame, action, reward, terminal, over, after)
+        frame, step = after, step + 1
+
+
 def evaluate(s: Settings, player: Player, device) -> list[float]:
     """Scores of full episodes, played side by side, one each, with sampled actions.
 
@@ -862,22 +882,14 @@ def evaluate(s: Settings, player: Player, device) -> list[float]:
     ends it early, with the episodes that are over by then.
     """
     copies = s.eval_episodes
-    game = Game(s.game, copies)
+    game, score, over = Game(s.game, copies), np.zeros(copies), np.zeros(copies, bool)
     frame = game.reset(episode_seeds(s.seed, 0, "test", copies))
-    score, over = np.zeros(copies), np.zeros(copies, bool)
-    first = torch.ones(copies, dtype=torch.bool, device=device)
-    with show_progress(desc="evaluation") as bar:
+    with show_progress(desc="evaluation", iterable=play(s, player, device, game, frame)) as bar:
         try:
-            while not over.all():
-                randomness(s.seed, bar.n, "test")
-                actions = player.act(torch.from_numpy(frame).to(device), first).cpu().numpy()
-                frame, reward, _, done = game.step(actions)
-                score += np.where(over, 0, reward)
-                over |= done
-                first = torch.zeros_like(first)
+            for move in bar:
+                score, over = score + move.reward, move.over
                 text = f"{over.sum()} of {copies} over, mean so far {score.mean():.1f}"
                 bar.set_postfix_str(text, refresh=False)
-                bar.update()
         except KeyboardInterrupt:
             print(f"ended early: {over.sum()} of {copies} episodes were over, and only they count")
     return score[over].tolist()
@@ -903,7 +915,10 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, device, path: 
         table["published Drama"] = f"{paper:g}, {human_normalised(s.game, paper):.1f} %"
         table["random, human"] = f"{random:g}, {human:g}"
     print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
-    if len(scores) == s.eval_episodes:  # else it was ended early, and may be made again
+    known = len(json.loads(path.read_bytes())["scores"]) if path.exists() else 0
+    if len(scores) < max(known, s.eval_episodes):  # ended early, or less than is known already
+        print(f"  not kept{f': {path} holds {known} episodes' if known else ''}")
+    else:
         result = dict(game=s.game, preset=s.preset, seed=s.seed, step=state["step"], scores=scores,
                       act_on=player.act_on, last_training_scores=last)
         write_file(path, json.dumps(result, indent=1).encode())
@@ -922,22 +937,16 @@ def watch(s: Settings, player: Player, device, path: Path, limit: int = 2000):
     frame, film, score = small.reset(seeds), [large.reset(seeds)[0]], 0.0
     display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
     show = small.window() if display and hasattr(small, "window") else None
-    with show_progress(desc="playing", total=limit) as bar:
-        while len(film) <= limit:
-            randomness(s.seed, len(film), "test")
-            first, start = torch.tensor([len(film) == 1], device=device), time.monotonic()
-            action = player.act(torch.from_numpy(frame).to(device), first).cpu().numpy()
-            frame, reward, _, done = small.step(action)
-            film.append(large.step(action)[0][0])
-            score += float(reward[0])
-            if show:
-                show(action[0])
-                time.sleep(max(0, 1 / FILM_SPEED - (time.monotonic() - start)))
-            bar.update()
-            if done[0]:
-                break
+    moves, shown = play(s, player, device, small, frame, limit), time.monotonic()
+    for move in show_progress(desc="playing", total=limit, iterable=moves):
+        film.append(large.step(move.action)[0][0])
+        score += float(move.reward[0])
+        if show:
+            show(move.action[0])
+            time.sleep(max(0, 1 / FILM_SPEED - (time.monotonic() - shown)))
+            shown = time.monotonic()
     write_png(path, film, per_second=FILM_SPEED)
-    span = "the episode" if done[0] else f"its first {limit} steps"
+    span = "the episode" if move.over[0] else f"its first {limit} steps"
     print(f"score {score:g} in {span}: {path} is an animated PNG, which any browser shows")
 
 
@@ -1035,24 +1044,20 @@ class Played(NamedTuple):
 def play_to_check(s: Settings, player: Player, device) -> Played:
     """Fresh episodes side by side, with seeds that neither training nor evaluation uses."""
     model, copies = player.model, CHECK_EPISODES
-    game = Game(s.game, copies)
+    game, length, steps = Game(s.game, copies), np.ones(copies, int), []
     frame = game.reset(episode_seeds(s.seed, 2, "test", copies))
-    over, length = np.zeros(copies, bool), np.zeros(copies, int)
-    steps, nothing = [], np.zeros(copies)
-    for step in show_progress(desc="playing", iterable=range(CHECK_LIMIT)):
-        randomness(s.seed, step, "test")
-        seen, d, age = torch.from_numpy(frame).to(device), player.d.clone(), player.age
-        action = player.act(seen, torch.full((copies,), step == 0, device=device))
-        kl = kl_divergence(model.posterior(model.images(seen)), model.prior(d))
+    d, age = player.d.clone(), player.age  # before the step, which moves both on
+    moves = play(s, player, device, game, frame, CHECK_LIMIT)
+    for move in show_progress(desc="playing", total=CHECK_LIMIT, iterable=moves):
+        image = model.images(torch.from_numpy(move.frame).to(device))
+        kl = kl_divergence(model.posterior(image), model.prior(d))
         value = player.agent.value(player.history[-1][0], d)
-        before, length = frame, length + ~over
-        frame, reward, terminal, done = game.step(action.cpu().numpy())
-        steps.append((before, action.cpu().numpy(), reward, terminal, np.full(copies, step == 0),
-                      kl.cpu().numpy(), value.cpu().numpy(), np.full(copies, age)))
-        over = over | done
-        if over.all():
-            break
-    steps.append((frame, *[nothing] * 7))
+        steps.append((move.frame, move.action, move.reward, move.terminal,
+                      np.full(copies, not steps), kl.cpu().numpy(), value.cpu().numpy(),
+                      np.full(copies, age)))
+        d, age, length = player.d.clone(), player.age, length + ~move.over
+    length = np.minimum(length, len(steps))  # of those that were not over, too
+    steps.append((move.after, *[np.zeros(copies)] * 7))
     columns = [np.stack(column, 1) for column in zip(*steps)]  # (copies, steps + 1, ...)
     columns = [np.concatenate([rows[: n + 1] for rows, n in zip(column, length)])
                for column in columns]
@@ -1302,15 +1307,8 @@ def step_of(path: Path) -> int:
 
 def not_finite(values, name: str) -> list[str]:
     """Names of the numbers, in nested containers, that are NaN or infinite."""
-    if isinstance(values, dict):
-        parts = values.items()
-    elif isinstance(values, (list, tuple)):
-        parts = enumerate(values)
-    elif isinstance(values, (torch.Tensor, float)):
-        return [] if torch.as_tensor(values).isfinite().all() else [name]
-    else:
-        return []
-    return [found for key, part in parts for found in not_finite(part, f"{name}.{key}")]
+    return [name + keystr(path) for path, value in tree_leaves_with_path(values)
+            if isinstance(value, (Tensor, float)) and not torch.as_tensor(value).isfinite().all()]
 
 
 class Damaged(Exception):
@@ -1476,28 +1474,21 @@ LEARNING = ("model", "agent", "model_optimizer", "agent_optimizer")
 
 def state_of(run: Run) -> dict:
     """All that a save holds beside the full replay files."""
-
-    def tensors(arrays):
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
     newest = run.replay.steps(run.step // CHUNK * CHUNK, run.step)
     return dict({name: getattr(run, name) for name in COUNTED},
                 learning={name: getattr(run, name).state_dict() for name in LEARNING},
                 player=run.player and run.player.state_dict(),
-                newest=tensors(newest), counters=tensors(run.replay.counters()))
+                newest=tree_map(torch.from_numpy, newest),
+                counters=tree_map(torch.from_numpy, run.replay.counters()))
 
 
 def restore(run: Run, state: dict, chunks: dict[str, bytes]):
     """Put a verified save into a new run; the game is played again to where it was."""
-
-    def arrays(tensors):
-        return {name: tensor.numpy() for name, tensor in tensors.items()}
-
     for name in sorted(chunks, key=lambda name: (len(name), name)):
         with np.load(io.BytesIO(chunks[name]), allow_pickle=False) as steps:
             run.replay.append_steps(steps)
-    run.replay.append_steps(arrays(state["newest"]))
-    run.replay.load_counters(arrays(state["counters"]))
+    run.replay.append_steps(tree_map(Tensor.numpy, state["newest"]))
+    run.replay.load_counters(tree_map(Tensor.numpy, state["counters"]))
     for name in COUNTED:
         setattr(run, name, state[name])
     if run.sums:
@@ -1542,22 +1533,18 @@ class Parser(argparse.ArgumentParser):
 
 def reader(default):
     """How the text after a flag becomes a value like `default`."""
+    convert, wanted = {
+        int: (int, "a whole number such as 100000"), float: (float, "a number such as 0.5"),
+        tuple: (lambda text: tuple(map(int, text.split(","))), "whole numbers such as 32,64"),
+    }.get(type(default), (str, ""))
 
-    def whole(text):
-        if not re.fullmatch(r"[+-]?\d[\d_]*", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number such as 100000")
-        return int(text)
-
-    def number(text):
+    def read(text):
         try:
-            return float(text)
+            return convert(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.5") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
 
-    def several(text):
-        return tuple(whole(part) for part in text.split(","))
-
-    return {int: whole, float: number, tuple: several}.get(type(default), str)
+    return read
 
 
 def make_parser() -> Parser:
