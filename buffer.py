@@ -123,7 +123,7 @@ class Replay:
     def steps(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Copies of the steps from `start` up to `stop`, for a file."""
         arrays = {name: getattr(self, name)[start:stop].copy() for name in self.STEP}
-        return arrays | {"frame": self.frame[start:stop].cpu().numpy()}
+        return arrays | {"frame": self.frame[start:stop].cpu().numpy().copy()}
 
     def append_steps(self, arrays: dict[str, np.ndarray]):
         """Put back what `steps` returned, after the steps held so far."""

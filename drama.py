@@ -1603,6 +1603,7 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     check(s)
     if s.dream_from == "batch" and "context" in flags:
         raise Mistake("--context belongs to --dream-from contexts: other dreams have none.")
+    torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
     return replace(s, game=Game.named(s.game), precision=precision), device, why
 
@@ -1623,6 +1624,7 @@ def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
     threads = manifest["threads"]  # their number changes the last bits of sums
     s = replace(s, **(dict(threads=threads) | {k: flags[k] for k in MAY_CHANGE if k in flags}))
     check(s)
+    torch.set_num_threads(s.threads or torch.get_num_threads())
     return s
 
 
@@ -1673,8 +1675,6 @@ def train_command(flags: dict):
         device, why = pick_device(s.device)
     else:
         s, device, why = new_settings(flags)
-    if s.threads:
-        torch.set_num_threads(s.threads)
     run = Run(s, device)
     if resuming:
         restore(run, state, chunks)
@@ -1743,7 +1743,6 @@ def main(argv: list[str] | None = None) -> int:
             if wrong := {"run", "act_on"} & set(flags):
                 raise Mistake(f"--bench makes no run: leave out {flag(wrong.pop())}.")
             s, device, _ = new_settings(flags)
-            torch.set_num_threads(s.threads or torch.get_num_threads())
             bench(s, device)
         elif "act_on" in flags:
             raise Mistake("--act-on belongs to --eval or --watch.")
