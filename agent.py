@@ -284,6 +284,16 @@ class Dream(NamedTuple):
     end: Tensor  # (T, N) probability of e_t, read from d_t
 
 
+class Lived(NamedTuple):
+    """T + 1 real steps of B windows as the critic sees them, time first, and what came of T."""
+
+    z: Tensor  # (T + 1, B, K) indices of z_t
+    d: Tensor  # (T + 1, B, D) d_{t-1}
+    reward: Tensor  # (T, B) r_t
+    end: Tensor  # (T, B) 1 where a_t ended the life, or nothing is known of what came after
+    cut: Tensor  # (T, B) bool: the latter, where the time was up
+
+
 class WorldModel(nn.Module):
     """Discrete autoencoder, sequence model, and heads for what comes next.
 
@@ -409,8 +419,9 @@ class WorldModel(nn.Module):
         return total, metrics, z.unflatten(0, (B, L))
 
     @torch.no_grad()
-    def starts_from_batch(self, batch, z: Tensor, count: int) -> Start:
-        """`count` starts spread evenly over the batch just trained on, with its latents (B, L, K).
+    def starts_from_batch(self, batch, z: Tensor, count: int) -> tuple[Start, Lived]:
+        """`count` starts spread evenly over the batch just trained on, with its latents (B, L, K),
+        and the batch itself as lived.
 
         The latents are scanned again, without dropout; a dream starts at the head of each of
         `count` pieces, from the state that the piece before left. No frame is encoded again.
@@ -418,6 +429,7 @@ class WorldModel(nn.Module):
         B, L = batch.action.shape
         piece = B * L // count
         d, states = self.sequence(self.token(z, batch.action), reset=batch.first, every=piece)
+        d = F.pad(d[:, :-1], (0, 0, 1, 0)).masked_fill(batch.first[..., None], 0.0)  # d_{t-1}
 
         def heads(ends):  # (B, pieces, ...) after each piece -> (count, ...) before each
             before = torch.empty_like(ends)  # with the layout of states
@@ -425,12 +437,15 @@ class WorldModel(nn.Module):
             before[:, 1:] = ends[:, :-1]
             return before.flatten(0, 1)
 
-        return Start(
+        start = Start(
             z=z[:, ::piece].flatten(0, 1),
-            d=heads(d[:, piece - 1 :: piece]),
+            d=d[:, ::piece].flatten(0, 1),
             state=tuple(State(*map(heads, layer)) for layer in states),
             first=batch.first[:, ::piece].flatten(),
         )
+        cut = batch.first[:, 1:] & (batch.terminal[:, :-1] == 0)
+        steps = (z, d, batch.reward[:, :-1], batch.terminal[:, :-1] + cut, cut)
+        return start, Lived(*(part.transpose(0, 1) for part in steps))
 
     @torch.no_grad()
     def starts_from_contexts(self, batch) -> Start:
@@ -504,14 +519,19 @@ class ReturnRange(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """Actor pi(a | s) and critic v(s) on s_t = [z_t, d_{t-1}], trained in dreams alone."""
+    """Actor pi(a | s) and critic v(s) on s_t = [z_t, d_{t-1}], trained in dreams.
+
+    What is beyond a dream's last step the critic learns from itself, and a young one may talk
+    itself into values that no one ever earned. `replay_critic` weighs a second loss that holds it
+    to the rewards of the real steps the dreams started from (DreamerV3 of 2024).
+    """
 
     def __init__(self, actions: int, *, groups: int, classes: int, d_model: int,
                  actor_hidden: int, critic_hidden: int, layers: int, gamma: float,
                  lambda_: float, entropy: float, floor: float, slow_decay: float,
-                 range_decay: float):
+                 range_decay: float, replay_critic: float):
         super().__init__()
-        self.classes = classes
+        self.classes, self.replay_critic = classes, replay_critic
         self.gamma, self.lambda_ = gamma, lambda_
         self.entropy, self.floor, self.slow_decay = entropy, floor, slow_decay
         self.two_hot = TwoHot()
@@ -543,8 +563,28 @@ class ActorCritic(nn.Module):
         """z_t (N, K), d_{t-1} (N, D) -> sampled actions (N,); nothing is ever greedy."""
         return sample(self.policy(self.features(z, d)))
 
-    def loss(self, dream: Dream) -> tuple[Tensor, dict[str, Tensor]]:
-        """Dreams of T steps -> loss and metrics.
+    def judge(self, features: Tensor, reward: Tensor, end: Tensor, cut: Tensor | None = None):
+        """s_0 .. s_T (T + 1, N, F) and what came of T steps (T, N) -> the critic's loss (T, N), its
+        values (T + 1, N) and the returns (T, N).
+
+        Returns end in the critic's own value after the last step and, if there are any, at the
+        steps where the episode was cut off: these teach nothing.
+        """
+        logits = self.critic(features[:-1])  # (T, N, bins)
+
+        def returns_from(value):
+            known = reward if cut is None else torch.where(cut, value[:-1], reward)
+            return lambda_return(known, end, value, self.gamma, self.lambda_)
+
+        with torch.no_grad():
+            value = self.two_hot.mean(torch.cat([logits, self.critic(features[-1:])]))
+            returns = returns_from(value)
+            slow_returns = returns_from(self.two_hot.mean(self.slow_critic(features)))
+        loss = self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow_returns)
+        return loss if cut is None else loss * ~cut, value, returns
+
+    def loss(self, dream: Dream, lived: Lived | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Dreams of T steps, and real ones if the critic learns from them -> loss and metrics.
 
         Every step counts by the chance that the dream has got that far: the ends it foresaw are
         neither ignored nor rounded (P7).
@@ -553,17 +593,9 @@ class ActorCritic(nn.Module):
         alive = torch.cumprod(1 - dream.end, 0)  # (T, N): after step t
         weight = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])  # (T, N): up to step t
 
-        logits = self.critic(features[:-1])  # (T, N, bins)
-        with torch.no_grad():
-            last = self.critic(features[-1:])
-            value = self.two_hot.mean(torch.cat([logits, last]))  # (T + 1, N)
-            slow_value = self.two_hot.mean(self.slow_critic(features))
-            outcome = dream.reward, dream.end
-            returns = lambda_return(*outcome, value, self.gamma, self.lambda_)  # (T, N)
-            slow_returns = lambda_return(*outcome, slow_value, self.gamma, self.lambda_)
-            scale = self.return_range.update(returns).clamp(min=1.0)
-            advantage = (returns - value[:-1]) / scale
-        critic_loss = self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow_returns)
+        critic_loss, value, returns = self.judge(features, dream.reward, dream.end)
+        scale = self.return_range.update(returns).clamp(min=1.0)
+        advantage = (returns - value[:-1]) / scale
 
         log_pi = self.policy(features[:-1]).clamp(min=1e-30).log()  # (T, N, A)
         log_taken = log_pi.gather(-1, dream.action.unsqueeze(-1)).squeeze(-1)
@@ -582,6 +614,12 @@ class ActorCritic(nn.Module):
             dream_end=dream.end.mean(),
             advantage=advantage.abs().mean(),
         )
+        if lived is not None:
+            real_loss, real_value, real_returns = self.judge(
+                self.features(lived.z, lived.d), lived.reward, lived.end, lived.cut)
+            total = total + self.replay_critic * real_loss.mean()
+            metrics |= dict(replay_critic_loss=real_loss.mean(), replay_value=real_value.mean(),
+                            replay_return=real_returns.mean())
         return total, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()

@@ -41,7 +41,8 @@ def draw(score: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     Adding Gumbel noise to the scores and keeping the largest is exactly that, and takes one
     pass: no normalisation, no loop. The noise is -ln of an exponential variable.
     """
-    noise = -np.log(rng.standard_exponential(len(score), dtype=np.float32))
+    exponential = rng.standard_exponential(len(score), dtype=np.float32)  # now and then exactly 0
+    noise = -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
     return np.argpartition(-(score + noise), count - 1)[:count]
 
 

@@ -49,7 +49,7 @@ from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from agent import ActorCritic, Dream, Player, WorldModel, kl_divergence, lambda_return
+from agent import ActorCritic, Dream, Lived, Player, WorldModel, kl_divergence, lambda_return
 from agent import make_optimizer
 from buffer import Batch, Replay
 
@@ -144,6 +144,8 @@ class Settings:
     floor: float = setting(0.0, "uniform share of the policy, everywhere (V3)", high=1)
     slow_decay: float = setting(0.98, "decay of the critic's slow copy, an update (paper)", high=1)
     range_decay: float = setting(0.99, "decay of the return range, an update (paper)", high=1)
+    replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch, for "
+                                   "--dream-from batch (V3)")
     # Optimisers
     optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
     model_rate: float = setting(4e-5, "learning rate of the world model (code)")
@@ -171,7 +173,8 @@ class Settings:
         return self.batch * self.length + contexts
 
 
-OURS = dict(balance=True, event_weights=True, floor=0.01, entropy=1e-3, dream_from="batch")
+OURS = dict(balance=True, event_weights=True, floor=0.01, entropy=1e-3, dream_from="batch",
+            replay_critic=0.3)
 PRESETS = {
     "paper": {},
     "best": OURS,
@@ -212,6 +215,8 @@ def check(s: Settings):
         raise Mistake(f"--steps {s.steps} leaves nothing to learn after the random steps of "
                       f"--warmup: give more than {s.warmup}.")
     windows = {"--batch": (s.batch, s.length)}
+    if s.replay_critic and s.dream_from == "contexts":
+        raise Mistake("--replay-critic belongs to --dream-from batch: contexts are too short.")
     if s.dream_from == "contexts":
         windows["--dreams"] = s.dreams, s.context
     elif s.batch * s.length % s.dreams or s.length % (s.batch * s.length // s.dreams):
@@ -416,7 +421,8 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
         actions, groups=s.groups, classes=s.classes, d_model=s.d_model,
         actor_hidden=s.actor_hidden, critic_hidden=s.critic_hidden, layers=s.agent_layers,
         gamma=s.gamma, lambda_=s.lambda_, entropy=s.entropy, floor=s.floor,
-        slow_decay=s.slow_decay, range_decay=s.range_decay)
+        slow_decay=s.slow_decay, range_decay=s.range_decay,
+        replay_critic=s.replay_critic)
     return model.to(device).eval(), agent.to(device).eval()
 
 
@@ -566,20 +572,24 @@ def world_step(run: Run):
 
 
 @torch.no_grad()
-def imagine(run: Run, batch: Batch, z) -> Dream:
-    """Phase 3: dreams that start in the model's batch, or else after every context in `batch`."""
-    s, model = run.settings, run.model
+def imagine(run: Run, batch: Batch, z) -> tuple[Dream] | tuple[Dream, Lived]:
+    """Phase 3: dreams that start in the model's batch, or else after every context in `batch`; and
+    that batch as lived, if the critic is to learn from it too."""
+    s, model, lived = run.settings, run.model, ()
     with run.autocast():
-        start = (model.starts_from_contexts(batch) if s.dream_from == "contexts"
-                 else model.starts_from_batch(batch, z, s.dreams))
-        return model.imagine(start, s.horizon, lambda t, z, d: run.agent.act(z, d))
+        if s.dream_from == "contexts":
+            start = model.starts_from_contexts(batch)
+        else:
+            start, *lived = model.starts_from_batch(batch, z, s.dreams)
+        dream = model.imagine(start, s.horizon, lambda t, z, d: run.agent.act(z, d))
+    return (dream, *lived) if s.replay_critic else (dream,)
 
 
-def agent_gradient(run: Run, dream: Dream):
-    """Phase 4: loss and gradients of actor and critic."""
+def agent_gradient(run: Run, *seen):
+    """Phase 4: loss and gradients of actor and critic, from what phase 3 returned."""
     before = [buffer.clone() for buffer in run.agent.buffers()]
     with run.autocast():
-        loss, metrics = run.agent.loss(dream)
+        loss, metrics = run.agent.loss(*seen)
     norm, finite = gradient(run.agent_optimizer, loss, run.settings.agent_clip)
     return metrics | dict(agent_norm=norm), finite, before
 
@@ -598,9 +608,9 @@ def learn_world(run: Run, batch: Batch, progress: float):
     return z, metrics, taken
 
 
-def learn_to_act(run: Run, dream: Dream, progress: float):
-    """One update of actor and critic -> (metrics, whether it was taken)."""
-    metrics, finite, before = run.phase(agent_gradient, dream)
+def learn_to_act(run: Run, seen: tuple, progress: float):
+    """One update of actor and critic, from what `imagine` returned -> (metrics, was it taken)."""
+    metrics, finite, before = run.phase(agent_gradient, *seen)
     taken = take_step(run.agent, run.agent_optimizer, finite, before, progress,
                       lambda: run.phase(agent_step, rates_settled=progress == 1))
     return metrics, taken
@@ -787,8 +797,8 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
     measure("play", lambda: player.act(frame, first).item())
     batch, contexts = measure("replay sampling", sample)
     z, *_ = measure("model update", learn_world, run, batch, 1.0)
-    dream = measure("dream", run.phase, imagine, contexts, z)
-    measure("agent update", learn_to_act, run, dream, 1.0)
+    seen = measure("dream", run.phase, imagine, contexts, z)
+    measure("agent update", learn_to_act, run, seen, 1.0)
 
     median = {name: float(np.median(each)) for name, each in times.items()}
     peak = work["large product"] / median["large product"]
@@ -1599,7 +1609,10 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     """Preset, then flags; then what was left to the machine is settled for good."""
     device, why = pick_device(flags.get("device", "auto"))
     flags = dict(preset="paper" if device.type == "cuda" else "laptop") | flags
-    s = Settings(**(PRESETS.get(flags["preset"], {}) | flags))
+    preset = dict(PRESETS.get(flags["preset"], {}))
+    if flags.get("dream_from") == "contexts":
+        preset.pop("replay_critic", None)
+    s = Settings(**(preset | flags))
     check(s)
     if s.dream_from == "batch" and "context" in flags:
         raise Mistake("--context belongs to --dream-from contexts: other dreams have none.")

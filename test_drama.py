@@ -48,7 +48,7 @@ import drama
 import scan
 from agent import ActorCritic, Dream, Player, ReturnRange, Start, TwoHot, WorldModel
 from agent import lambda_return, make_optimizer, sample
-from buffer import Batch, Replay
+from buffer import Batch, Replay, draw
 
 torch.set_num_threads(1)  # models this small only wait for each other
 HERE = Path(__file__).resolve().parent
@@ -485,7 +485,7 @@ def tiny_agent(actions=4, **changes):
     torch.manual_seed(1)
     sizes = dict(groups=4, classes=4, d_model=16, actor_hidden=8, critic_hidden=8, layers=1,
                  gamma=0.9, lambda_=0.8, entropy=0.01, floor=0.0, slow_decay=0.98,
-                 range_decay=0.99)  # fmt: skip
+                 range_decay=0.99, replay_critic=0.0)  # fmt: skip
     return ActorCritic(actions, **(sizes | changes)).eval()
 
 
@@ -873,8 +873,23 @@ def check_starts(model, start, batch, z, places):
 def test_T2_starts_from_the_batch_hold_what_a_scan_leaves(backbone):
     model = tiny_model(backbone=backbone)
     batch, z = random_batch(2, 8, [(0, 5), (1, 4), (1, 6)]), torch.randint(0, 4, (2, 8, 4))
-    start = model.starts_from_batch(batch, z, 8)
+    start, _ = model.starts_from_batch(batch, z, 8)
     check_starts(model, start, batch, z, [(b, t) for b in (0, 1) for t in (0, 2, 4, 6)])
+
+
+def test_the_batch_as_lived_holds_what_the_actor_saw_and_what_came_of_it():
+    model = tiny_model()
+    batch, z = random_batch(2, 8, [(0, 3), (1, 5)]), torch.randint(0, 4, (2, 8, 4))
+    batch.terminal[0, 2] = 1  # died; the other window's episode ran out of time
+    _, lived = model.starts_from_batch(batch, z, 4)
+    assert torch.equal(lived.z, z.transpose(0, 1))
+    for b, opens in ((0, 3), (1, 5)):
+        d, _ = model.sequence(tokens(z[b], batch.action[b])[None], reset=batch.first[b : b + 1])
+        for t in range(8):
+            close(lived.d[t, b], 0 * d[0, 0] if t in (0, opens) else d[0, t - 1])
+    assert torch.equal(lived.reward, batch.reward[:, :7].T)
+    assert lived.end.nonzero().tolist() == [[2, 0], [4, 1]]
+    assert lived.cut.nonzero().tolist() == [[4, 1]]
 
 
 @pytest.mark.parametrize("backbone", ["mamba2", "mamba"])
@@ -1001,6 +1016,27 @@ def test_agent_loss_is_that_of_its_formulas():
     close(metrics["actor_loss"], (weight * actor).mean(), 1e-3)
     close(metrics["critic_loss"], (weight * critic).mean(), 1e-3)
     close(total, (weight * (actor + critic)).mean(), 1e-3)
+
+
+def test_the_critic_learns_from_real_steps_but_not_across_a_cut():
+    # gamma 0.5, lambda 0.25, values 10 20 30 40; after step 1 the time was up
+    # R_2 = 3 + 0.5 * 40 = 23    R_1 = v_1 = 20    R_0 = 1 + 0.5 (0.75 * 20 + 0.25 * 20) = 11
+    agent, cut = tiny_agent(gamma=0.5, lambda_=0.25), torch.tensor([[False], [True], [False]])
+    agent.two_hot.mean = lambda logits: VALUE
+    loss, value, returns = agent.judge(torch.randn(4, 1, 32), REWARD, cut.float(), cut)
+    assert returns.flatten().tolist() == [11.0, 20.0, 23.0] and torch.equal(value, VALUE)
+    assert (loss != 0).flatten().tolist() == [True, False, True]
+
+
+def test_the_loss_on_real_steps_is_added_by_its_weight():
+    dream, real = random_dream(), random_dream()
+    cut = torch.zeros(4, 3, dtype=torch.bool)
+    lived = agent_file.Lived(real.z, real.d, real.reward, real.end.round(), cut)
+    without, _ = tiny_agent().loss(dream)
+    total, metrics = tiny_agent(replay_critic=0.3).loss(dream, lived)
+    # The new critic reads 0, but the rewards of up to 15 do not
+    assert metrics["replay_critic_loss"] > 5
+    close(total, without + 0.3 * metrics["replay_critic_loss"])
 
 
 def test_D15_the_first_return_range_starts_the_average_and_is_saved():
@@ -1172,6 +1208,15 @@ def test_dfs_of_five_slots_for_dreaming():
 
     seen = frequencies(replay, draw, trained=[4, 4, 1, 0, 2], dreamed=[0, 16, 4, 6, 4])
     np.testing.assert_allclose(seen, p, atol=0.025)
+
+
+def test_an_exponential_of_exactly_0_draws_like_any_other():
+    class Zero:
+        def standard_exponential(self, size, dtype):
+            return np.zeros(size, dtype)
+
+    with np.errstate(all="raise"):
+        assert set(draw(np.array([0.0, -9, 0, -9]), 2, Zero())) == {0, 2}
 
 
 def test_uniform_sampling_is_an_infinite_temperature():
@@ -1568,7 +1613,7 @@ def test_D6_only_updates_change_anything(runs, tmp_path):
     drama.evaluate(dataclasses.replace(s, eval_episodes=3), player, torch.device("cpu"))
     drama.picture_of(run)
     for start in (run.model.starts_from_contexts(batch),
-                  run.model.starts_from_batch(batch, torch.zeros(4, 8, 4).long(), 4)):  # fmt: skip
+                  run.model.starts_from_batch(batch, torch.zeros(4, 8, 4).long(), 4)[0]):  # fmt: skip
         run.model.imagine(start, 3, lambda t, z, d: run.agent.act(z, d))
     assert everything() == before and not run.model.training
     run.model.train().loss(batch)
@@ -1666,8 +1711,8 @@ def test_updates_that_are_not_finite_leave_no_trace(runs, fake, tmp_path):
 
 def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(fake, tmp_path, capsys):
     loss = ActorCritic.loss
-    fake.setattr(ActorCritic, "loss", lambda agent, dream: loss(
-        agent, dream._replace(reward=dream.reward * math.nan)))  # fmt: skip
+    fake.setattr(ActorCritic, "loss", lambda agent, dream, lived: loss(
+        agent, dream._replace(reward=dream.reward * math.nan), lived))  # fmt: skip
     assert command(tmp_path / "run") == 1
     assert "10 updates in a row" in capsys.readouterr().err.splitlines()[-1]
 
@@ -1683,7 +1728,7 @@ CHANGED = dict(
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
     balance=False, event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3,
     actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002,
-    floor=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop", model_rate=0.002,
+    floor=0.02, slow_decay=0.9, range_decay=0.8, replay_critic=0.0, optimizer="laprop", model_rate=0.002,
     agent_rate=0.003, balance_rate=0.004, warmup_updates=6, eps=1e-12, model_clip=50.0,
     agent_clip=60.0)  # fmt: skip
 
@@ -1844,6 +1889,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--dreams 3", "--dreams 3"), ("--context 4", "--context"), ("--backbone gru", "mamba2"),
     ("--dream-from contexts --dreams 99", "--dreams 99"), ("--act-on prior", "--eval"),
     ("--steps", "--steps"), ("--dream-from contexts --context 1", "--context"),
+    ("--dream-from contexts --replay-critic 0.3", "--replay-critic"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new"), *flags.split()], says)
