@@ -1185,7 +1185,7 @@ def model_check(s: Settings, player: Player, device, path: Path):
 # ---------------------------------------------------------------- learning curves
 
 
-SMOOTH = 10  # training episodes that a point of a curve averages
+SMOOTH = 5  # training episodes that a point of a curve averages, as in the paper's protocol
 
 
 def curves(folders: list[Path], path: Path):
@@ -1202,7 +1202,9 @@ def curves(folders: list[Path], path: Path):
         points = [row.split(",")[:2] for row in rows if row.count(",") > 2]  # and whole
         if not points:
             raise Mistake(f"{folder} has not finished an episode yet.")
-        panels.setdefault(game, []).append((name, np.array(points, float)))
+        tests = [json.loads(test.read_bytes()) for test in folder.glob("evaluation-*[0-9].json")]
+        tests = [(test["step"], np.mean(test["scores"])) for test in tests]
+        panels.setdefault(game, []).append((name, np.array(points, float), tests))
     width, height, parts = 660, 300, []
     for number, (game, runs) in enumerate(sorted(panels.items())):
         parts.append(f'<g transform="translate(0 {number * height})">{panel(game, runs)}</g>')
@@ -1214,10 +1216,11 @@ def curves(folders: list[Path], path: Path):
 
 
 def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
-    """Every episode a dot, their running mean a line; known scores as dashed lines."""
+    """Every training episode a dot, their running mean a line, every evaluation a ring; known
+    scores as dashed lines."""
     known = dict(zip(("random", "human", "published Drama"), SCORES.get(game, ())))
-    steps = max(points[-1, 0] for _, points in runs)
-    scores = [*np.concatenate([points[:, 1] for _, points in runs]), *known.values()]
+    marks = np.concatenate([[*points, *tests] for _, points, tests in runs])
+    steps, scores = marks[:, 0].max(), [*marks[:, 1], *known.values()]
     low, high = min(scores), max(scores) + (max(scores) == min(scores))
 
     def place(step, score):
@@ -1242,7 +1245,7 @@ def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
         lowest = min(float(y) + 4, lowest - 14)  # or the words would lie on each other
         parts += [f'<path d="M{left} {y}H{right}" stroke="grey" stroke-dasharray="4 4"/>',
                   text(right + 6, lowest, f"{name} {score:,g}", fill="grey")]
-    for number, (name, points) in enumerate(runs):
+    for number, (name, points, tests) in enumerate(runs):
         colour = f"hsl({(210 + 137 * number) % 360},70%,45%)"
         mean = [points[max(0, i + 1 - SMOOTH) : i + 1, 1].mean() for i in range(len(points))]
         line = "L".join(" ".join(place(*point)) for point in zip(points[:, 0], mean))
@@ -1250,7 +1253,9 @@ def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
         for point in points:
             x, y = place(*point)
             parts.append(f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}" opacity="0.4"/>')
-        parts.append(text(right + 6, bottom - 14 * number, name, fill=colour))
+        for x, y in (place(*test) for test in tests):
+            parts.append(f'<circle cx="{x}" cy="{y}" r="5" fill="none" stroke="{colour}"/>')
+        parts.append(text(left + 10, top + 28 + 14 * number, name, fill=colour))
     return "".join(parts)
 
 

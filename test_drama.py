@@ -2171,10 +2171,14 @@ def test_curves_are_drawn_where_the_scores_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drama, "SMOOTH", 2)
     runs = [drawable(tmp_path / "a"), drawable(tmp_path / "b", "Breakout", ["50,30,50,100", "60,"])]
+    for name, scores in (("000400", [10, 20]), ("000400-prior", [3, 3])):
+        report = json.dumps(dict(step=400, scores=scores))
+        (tmp_path / "a" / f"evaluation-{name}.json").write_text(report)
     assert drama.main(["--curves", *runs]) == 0
     root = xml.etree.ElementTree.parse(tmp_path / "curves.svg").getroot()
     breakout, dot = (group for group in root.iter() if group.tag.endswith("}g"))
     dots = [(e.get("cx"), e.get("cy")) for e in dot.iter() if e.tag.endswith("circle")]
+    assert dots.pop() == ("500.0", "87.5")  # the evaluation: 15 on average
     assert dots == [("177.5", "260.0"), ("285.0", "145.0"), ("500.0", "30.0")]
     line = [e.get("d") for e in dot.iter() if e.get("stroke-width") == "2"]
     assert line == ["M177.5 260.0L285.0 202.5L500.0 87.5"]  # means of 0; 0, 10; 10, 20
