@@ -216,7 +216,7 @@ def check(s: Settings):
                       f"--warmup: give more than {s.warmup}.")
     windows = {"--batch": (s.batch, s.length)}
     if s.replay_critic and s.dream_from == "contexts":
-        raise Mistake("--replay-critic belongs to --dream-from batch: contexts are too short.")
+        raise Mistake("--replay-critic belongs to --dream-from batch: leave one of them out.")
     if s.dream_from == "contexts":
         windows["--dreams"] = s.dreams, s.context
     elif s.batch * s.length % s.dreams or s.length % (s.batch * s.length // s.dreams):
@@ -1615,7 +1615,7 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     device, why = pick_device(flags.get("device", "auto"))
     flags = dict(preset="paper" if device.type == "cuda" else "laptop") | flags
     preset = dict(PRESETS.get(flags["preset"], {}))
-    if flags.get("dream_from") == "contexts":
+    if flags.get("dream_from") == "contexts":  # which has no batch to hold the critic to
         preset.pop("replay_critic", None)
     s = Settings(**(preset | flags))
     check(s)
