@@ -340,7 +340,8 @@ class WorldModel(nn.Module):
     def encode(self, frame: Tensor) -> Tensor:
         """uint8 frames (..., size, size, 3) -> sampled z (..., K), a few frames at a time."""
         flat = frame.flatten(end_dim=-4)
-        parts = [self.posterior(self.images(flat[few])) for few in few_frames(len(flat), flat.device)]
+        pieces = few_frames(len(flat), flat.device)
+        parts = [self.posterior(self.images(flat[piece])) for piece in pieces]
         return sample(torch.cat(parts)).unflatten(0, frame.shape[:-3])
 
     def prior(self, d: Tensor) -> Tensor:
