@@ -37,9 +37,9 @@ from scan import RMSNorm, SequenceModel, State
 # ---------------------------------------------------------------- distributions
 
 
-def one_hot(index: Tensor, classes: int) -> Tensor:
-    """(...) integers -> (..., classes) float32, exactly 0 or 1 (D1)."""
-    return (index.unsqueeze(-1) == torch.arange(classes, device=index.device)).float()
+def one_hot(index: Tensor, classes: int, dtype=torch.float32) -> Tensor:
+    """(...) integers -> (..., classes), exactly 0 or 1 (D1)."""
+    return F.embedding(index, torch.eye(classes, dtype=dtype, device=index.device))
 
 
 def mixed_softmax(logits: Tensor, uniform: float) -> Tensor:
@@ -92,7 +92,7 @@ class TwoHot(nn.Module):
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of (..., 255) logits to (...) numbers; beyond the last bin counts as it."""
         target = target.clamp(self.bins[0], self.bins[-1])
-        below = (self.bins <= target.unsqueeze(-1)).sum(-1).sub(1).clamp(0, 2 * self.HALF - 1)
+        below = torch.searchsorted(self.bins, target, right=True).sub(1).clamp(0, 2 * self.HALF - 1)
         low, high = self.bins[below], self.bins[below + 1]
         share = ((target - low) / (high - low)).unsqueeze(-1)  # of the upper bin
         log_p = logits.float().log_softmax(-1)
@@ -119,29 +119,33 @@ def image_layout(device: torch.device) -> torch.memory_format:
 class Interleave(torch.autograd.Function):
     """Put the stride x stride pixels of every position, computed as channels, into their places.
 
-    (B, n, n, stride, stride, C) -> (B, stride * side, stride * side, C). Row a of the pixels of
-    position i is found at i + shift[a] of the n. Written by hand because autograd would make a
-    full tensor for each of the slices.
+    (B, n, n, stride, stride, C) -> (B, side, side, C), without the first `padding` rows and columns
+    and what is beyond `side`. Written by hand because autograd would make a full tensor for each of
+    the slices.
     """
 
     @staticmethod
-    def pairs(apart, image, shift):
-        """Views of the same pixels, (B, side, pixels, side, pixels, C): one shift at a time."""
-        stride, side = len(shift), image.shape[1] // len(shift)
-        image = image.unflatten(2, (side, stride)).unflatten(1, (side, stride))
-        groups = [(m, slice(shift.index(m), shift.index(m) + shift.count(m)))
-                  for m in sorted(set(shift))]
-        for i, rows in groups:
-            for j, columns in groups:
-                source = apart[:, i : i + side, j : j + side, rows, columns].transpose(2, 3)
-                yield source, image[:, :, rows, :, columns]
+    def pairs(apart, image, padding):
+        """Views of the same pixels, (B, side / stride, pixels, side / stride, pixels, C)."""
+        stride = apart.shape[3]
+        n = image.shape[1] // stride
+        image = image.unflatten(2, (n, stride)).unflatten(1, (n, stride))
+        # Pixels `cut` of position i + m are in the image the pixels `put` of its i-th stride.
+        groups = []
+        for m in range(padding // stride, (padding + stride - 1) // stride + 1):
+            first, last = max(padding, m * stride), min(padding, m * stride) + stride
+            groups.append((slice(m, m + n), slice(first - m * stride, last - m * stride),
+                           slice(first - padding, last - padding)))
+        for rows, cut_rows, put_rows in groups:
+            for columns, cut_columns, put_columns in groups:
+                source = apart[:, rows, columns, cut_rows, cut_columns].transpose(2, 3)
+                yield source, image[:, :, put_rows, :, put_columns]
 
     @staticmethod
-    def forward(ctx, apart, side, shift):
-        ctx.shape, ctx.shift = apart.shape, shift
-        size = side * len(shift)
-        image = apart.new_empty(len(apart), size, size, apart.shape[-1])
-        for source, target in Interleave.pairs(apart, image, shift):
+    def forward(ctx, apart, side, padding):
+        ctx.shape, ctx.padding = apart.shape, padding
+        image = apart.new_empty(len(apart), side, side, apart.shape[-1])
+        for source, target in Interleave.pairs(apart, image, padding):
             target.copy_(source)
         return image
 
@@ -149,7 +153,7 @@ class Interleave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         apart = gradient.new_zeros(ctx.shape)
-        for target, source in Interleave.pairs(apart, gradient, ctx.shift):
+        for target, source in Interleave.pairs(apart, gradient, ctx.padding):
             target.copy_(source)
         return apart, None, None
 
@@ -163,21 +167,17 @@ class TransposedConv(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         (stride, _), (padding, _), (kernel, _) = self.stride, self.padding, self.kernel_size
-        # Pixel a of position i takes tap a + padding - stride m of the input at position i + m, so
-        # `taps` of them in a row, of which the last is at m = (a + padding) // stride.
-        taps = -(-kernel // stride)
-        last = [(a + padding) // stride for a in range(stride)]
-        reach = max(taps - 1 - last[0], last[-1])  # zeros around the input
+        # Pixel a of position i takes tap a + stride j of the input at position i - j. There are as
+        # many taps as the kernel has, or the last pixel of the image, `padding` on, is away.
+        taps = max(-(-kernel // stride), (stride - 1 + padding) // stride + 1)
         missing = taps * stride - kernel
         weight = F.pad(self.weight, (0, missing, 0, missing))  # (C, C', taps stride, taps stride)
         weight = weight.view(*weight.shape[:2], taps, stride, taps, stride).flip(2, 4)
-        weight = weight.roll((-padding, -padding), (3, 5))  # pixel a takes every stride-th from a
         weight = weight.permute(3, 5, 1, 0, 2, 4).flatten(0, 2)  # (stride^2 C', C, taps, taps)
         weight = weight.contiguous(memory_format=image_layout(x.device))
-        y = F.conv2d(x, weight, self.bias.repeat(stride**2), padding=reach)
+        y = F.conv2d(x, weight, self.bias.repeat(stride**2), padding=taps - 1)
         apart = y.permute(0, 2, 3, 1).unflatten(-1, (stride, stride, -1))
-        shift = [m + reach - taps + 1 for m in last]
-        return Interleave.apply(apart, x.shape[-1], shift).permute(0, 3, 1, 2)
+        return Interleave.apply(apart, stride * x.shape[-1], padding).permute(0, 3, 1, 2)
 
 
 class ToImage(nn.Module):
@@ -351,8 +351,9 @@ class WorldModel(nn.Module):
 
     def token(self, z: Tensor, action: Tensor) -> Tensor:
         """Latents, as indices (..., K) or one-hot (..., K, C), and actions -> (..., Z + A)."""
-        latent = z if z.is_floating_point() else one_hot(z, self.classes)
-        return torch.cat([latent.flatten(-2), one_hot(action, self.actions)], -1)
+        if not z.is_floating_point():
+            z = one_hot(z, self.classes, working_type(z.device))
+        return torch.cat([z.flatten(-2), one_hot(action, self.actions, z.dtype)], -1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents, as indices (B, K) -> images (B, 3, size, size) in [0, 1]."""
@@ -488,12 +489,12 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lamb
     reward, end (T, N): of steps 0 .. T-1; value (T + 1, N): of states 0 .. T. Returns (T, N).
     It mixes in the value of the state that a_t led to, not of the one it left (D3).
     """
-    T = len(reward)
     assert reward.shape == end.shape == value[1:].shape, (reward.shape, end.shape, value.shape)
-    returns = [value[T]]
-    for t in reversed(range(T)):
-        onward = (1 - lambda_) * value[t + 1] + lambda_ * returns[-1]
-        returns.append(reward[t] + gamma * (1 - end[t]) * onward)
+    onward = gamma * (1 - end)
+    near, far = reward + (1 - lambda_) * onward * value[1:], lambda_ * onward
+    returns = [value[-1]]
+    for near_t, far_t in zip(near.flip(0), far.flip(0)):
+        returns.append(torch.addcmul(near_t, far_t, returns[-1]))
     return torch.stack(returns[:0:-1])
 
 
@@ -550,7 +551,8 @@ class ActorCritic(nn.Module):
 
     def features(self, z: Tensor, d: Tensor) -> Tensor:
         """Indices z_t (..., K) and d_{t-1} (..., D) -> s_t (..., F)."""
-        return torch.cat([one_hot(z, self.classes).flatten(-2), d], -1)
+        dtype = working_type(d.device)
+        return torch.cat([one_hot(z, self.classes, dtype).flatten(-2), d.to(dtype)], -1)
 
     def policy(self, features: Tensor) -> Tensor:
         """s_t (..., F) -> pi (..., A): one and the same in play, dream, loss and evaluation."""

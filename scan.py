@@ -440,6 +440,11 @@ class State(NamedTuple):
     scan: Tensor  # Mamba (B, W, N), Mamba2 (B, H, P, N)
 
 
+def taps(conv1d):
+    """d_conv weights (channels), each of them contiguous."""
+    return conv1d.weight[:, 0].t().contiguous().unbind()
+
+
 def causal_conv(x, conv1d, past, reset=None, every=None):
     """Depthwise convolution and SiLU. x (B, L, channels), past (B, channels, d_conv - 1).
 
@@ -454,12 +459,13 @@ def causal_conv(x, conv1d, past, reset=None, every=None):
         number = F.pad(reset.int(), (reach, 0)).cumsum(1)[..., None]  # (B, d_conv - 1 + L, 1)
         numbers = number[:, piece:].unfold(1, reach, piece)
         last = torch.where(numbers == numbers[..., -1:], last, 0)
-    y = torch.addcmul(conv1d.bias, now, conv1d.weight[:, 0, reach])
+    weights = taps(conv1d)
+    y = torch.addcmul(conv1d.bias, now, weights[reach])
     for tap in range(reach):
         earlier = seen[:, tap:tap + length]
         if reset is not None:
             earlier = torch.where(number[:, tap:tap + length] == number[:, reach:], earlier, 0)
-        y = torch.addcmul(y, earlier, conv1d.weight[:, 0, tap])  # (B, L, channels)
+        y = torch.addcmul(y, earlier, weights[tap])  # (B, L, channels)
     return F.silu(y), last if every else last[:, 0]
 
 
@@ -470,8 +476,8 @@ def causal_conv_step(x_t, conv1d, past, reset=None):
         past = torch.where(reset[:, None, None], 0, past)
     seen = torch.cat([past, x_t[:, None]], 1)  # (B, d_conv, channels)
     y = conv1d.bias
-    for tap in range(seen.shape[1]):
-        y = torch.addcmul(y, seen[:, tap], conv1d.weight[:, 0, tap])  # (B, channels)
+    for seen_tap, weight in zip(seen.unbind(1), taps(conv1d)):
+        y = torch.addcmul(y, seen_tap, weight)  # (B, channels)
     return F.silu(y), seen[:, 1:].transpose(1, 2)
 
 

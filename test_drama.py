@@ -660,7 +660,8 @@ def test_image_loss_is_summed_over_pixels_and_averaged_over_steps():
     close(model.loss(white)[1]["image_loss"], 0.25 * 3 * 64 * 64, 1e-4)
 
 
-@pytest.mark.parametrize("kernel, stride", [(5, 1), (5, 2), (4, 2), (3, 2), (7, 4), (5, 4), (8, 4)])
+@pytest.mark.parametrize("kernel, stride", [(5, 1), (5, 2), (4, 2), (3, 2), (7, 4), (5, 4), (8, 4),
+                                            (4, 4), (2, 2)])
 def test_the_decoders_convolution_is_torchs_transposed_one(kernel, stride):
     padding = (kernel - 1) // 2
     sizes = (3, 2, kernel, stride, padding, stride + 2 * padding - kernel)
