@@ -1193,9 +1193,9 @@ def curves(folders: list[Path], path: Path):
     panels = {}
     for folder in folders:
         try:
-            s = json.loads((folder / "settings.json").read_bytes())
-            game, name = s["game"], f"{s['preset']}, seed {s['seed']}"
-        except (OSError, ValueError, KeyError, TypeError):
+            s = settings_of(dict(settings=json.loads((folder / "settings.json").read_bytes())))
+            usual = Settings(**PRESETS[s.preset])
+        except (OSError, ValueError, KeyError, TypeError, Mistake):
             raise Mistake(f"{folder} holds no run.") from None
         table = folder / "episodes.csv"
         rows = table.read_text().splitlines()[1:] if table.exists() else []
@@ -1204,7 +1204,11 @@ def curves(folders: list[Path], path: Path):
             raise Mistake(f"{folder} has not finished an episode yet.")
         tests = [json.loads(test.read_bytes()) for test in folder.glob("evaluation-*[0-9].json")]
         tests = [(test["step"], np.mean(test["scores"])) for test in tests]
-        panels.setdefault(game, []).append((name, np.array(points, float), tests))
+        told = ("preset", "game", "seed", "precision", *MAY_CHANGE)
+        name = f"{s.preset}, seed {s.seed}" + "".join(
+            f", {name} {value}" for name, value in asdict(s).items()
+            if name not in told and value != getattr(usual, name))
+        panels.setdefault(s.game, []).append((name, np.array(points, float), tests))
     width, height, parts = 660, 300, []
     for number, (game, runs) in enumerate(sorted(panels.items())):
         parts.append(f'<g transform="translate(0 {number * height})">{panel(game, runs)}</g>')

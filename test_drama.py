@@ -2161,9 +2161,11 @@ def test_flags_that_the_check_does_not_take_are_refused(flags, run_folder, capsy
     refused(capsys, run_folder, argv, flags.split()[0])
 
 
-def drawable(folder, game="Dot", rows=("100,0,100,", "200,10,100,", "400,20,200,")):
+def drawable(folder, game="Dot", rows=("100,0,100,", "200,10,100,", "400,20,200,"), **flags):
     folder.mkdir()
-    (folder / "settings.json").write_text(json.dumps(dict(game=game, preset="laptop", seed=3)))
+    flags = drama.PRESETS["laptop"] | dict(preset="laptop", game=game, seed=3) | flags
+    settings = dataclasses.asdict(drama.Settings(**flags))
+    (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "episodes.csv").write_text("\n".join(["step,score,length,human_normalised", *rows]))
     return str(folder)
 
@@ -2171,7 +2173,8 @@ def drawable(folder, game="Dot", rows=("100,0,100,", "200,10,100,", "400,20,200,
 def test_curves_are_drawn_where_the_scores_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drama, "SMOOTH", 2)
-    runs = [drawable(tmp_path / "a"), drawable(tmp_path / "b", "Breakout", ["50,30,50,100", "60,"])]
+    runs = [drawable(tmp_path / "a"), drawable(tmp_path / "b", "Breakout", ["50,30,50,100", "60,"],
+                                              model_rate=0.5)]
     for name, scores in (("000400", [10, 20]), ("000400-prior", [3, 3])):
         report = json.dumps(dict(step=400, scores=scores))
         (tmp_path / "a" / f"evaluation-{name}.json").write_text(report)
@@ -2183,8 +2186,11 @@ def test_curves_are_drawn_where_the_scores_are(tmp_path, monkeypatch):
     assert dots == [("177.5", "260.0"), ("285.0", "145.0"), ("500.0", "30.0")]
     line = [e.get("d") for e in dot.iter() if e.get("stroke-width") == "2"]
     assert line == ["M177.5 260.0L285.0 202.5L500.0 87.5"]  # means of 0; 0, 10; 10, 20
+    words = {e.text for e in dot.iter() if e.tag.endswith("text")}
+    assert "laptop, seed 3" in words
     words = {e.text for e in breakout.iter() if e.tag.endswith("text")}
-    assert {"Breakout", "random 2", "human 30", "published Drama 7", "laptop, seed 3"} <= words
+    assert {"Breakout", "random 2", "human 30", "published Drama 7",
+            "laptop, seed 3, model_rate 0.5"} <= words
     assert sum(e.tag.endswith("circle") for e in breakout.iter()) == 1  # the other row is half written
 
 
