@@ -1186,6 +1186,7 @@ def model_check(s: Settings, player: Player, device, path: Path):
 
 
 SMOOTH = 5  # training episodes that a point of a curve averages, as in the paper's protocol
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 
 
 def curves(folders: list[Path], path: Path):
@@ -1250,7 +1251,7 @@ def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
         parts += [f'<path d="M{left} {y}H{right}" stroke="grey" stroke-dasharray="4 4"/>',
                   text(right + 6, lowest, f"{name} {score:,g}", fill="grey")]
     for number, (name, points, tests) in enumerate(runs):
-        colour = f"hsl({(210 + 137 * number) % 360},70%,45%)"
+        colour = COLOURS[number % len(COLOURS)]
         mean = [points[max(0, i + 1 - SMOOTH) : i + 1, 1].mean() for i in range(len(points))]
         line = "L".join(" ".join(place(*point)) for point in zip(points[:, 0], mean))
         parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
