@@ -43,7 +43,7 @@ def one_hot(index: Tensor, classes: int, dtype=torch.float32) -> Tensor:
 
 
 def mixed_softmax(logits: Tensor, uniform: float) -> Tensor:
-    """(1 - uniform) softmax + uniform / classes, in float32: no class is ever ruled out."""
+    """(1 - uniform) softmax + uniform / classes, in float32: uniform > 0 rules none out."""
     return (1 - uniform) * logits.float().softmax(-1) + uniform / logits.shape[-1]
 
 
@@ -657,7 +657,8 @@ class Player:
         """Frames (games, size, size, 3) uint8, first (games,) bool -> actions (games,)."""
         step = self.decide(frame, first, self.d, self.state)
         (z, action), (self.d, self.state) = step[:2], step[2:]
-        self.history.append((z.clone(), action.clone(), first))
+        # Copies: a CUDA graph overwrites its outputs, and a caller may reuse its flags.
+        self.history.append((z.clone(), action.clone(), first.clone()))
         self.age += 1
         if self.age == 2 * self.half:
             z, past, first = (torch.stack(column, 1) for column in zip(*self.history))
@@ -720,7 +721,7 @@ class LaProp(torch.optim.Optimizer):
             gradient, (b1, b2) = [p.grad for p in params], group["betas"]
             m, v, steps = ([self.state[p][name] for p in params] for name in ("m", "v", "step"))
             torch._foreach_add_(steps, 1)
-            k = steps[0]  # on the device, for CUDA graphs
+            k = steps[0]  # one for all, who learn in every update; on the device, for CUDA graphs
             torch._foreach_mul_(v, b2)
             torch._foreach_addcmul_(v, gradient, gradient, value=1 - b2)
             scale = torch._foreach_div(v, -torch.expm1(k * math.log(b2)))  # 1 - b2^k

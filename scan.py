@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.profiler import ProfilerActivity, profile
 
-HUGE = 1e30  # a step so long that any decay over it is exactly 0, yet finite: 0 * HUGE is 0
+HUGE = 1e30  # a step so long that any decay over it, by a rate above 1e-27, is exactly 0; finite
 
 
 def without_autocast(function):

@@ -1393,12 +1393,14 @@ def playing(context, steps, first=(0,), change=None, act_on="posterior"):
     agent.act = lambda z, d: seen.append((z, d)) or act(z, d)
     player = Player(model, agent, 1, context, act_on)
     z, actions = torch.randint(0, 4, (steps, 4)), []
+    opens = torch.tensor([False])  # one for all steps, as a caller may keep it
     for t in range(steps):
+        opens.fill_(t in first)
         see_exactly(model, z[t : t + 1])
         if t == change:
             torch.nn.init.normal_(model.sequence.stem[0].weight, std=0.3)
         frame = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
-        actions.append(player.act(frame, torch.tensor([t in first])))
+        actions.append(player.act(frame, opens))
     return player, seen, tokens(z, torch.cat(actions))[None]
 
 
