@@ -88,20 +88,20 @@ class Settings:
     """
 
     # The run
-    preset: str = setting("paper", "settings to start from",
+    preset: str = setting("paper", "settings to start from; if left out, laptop without CUDA",
                           choices=("paper", "best", "laptop", "debug"))
     game: str = setting("Breakout", "game, in any usual spelling")
     seed: int = setting(0, "seed of the game, of the first actions and of all else", low=0)
     steps: int = setting(100_000, "length of the run, agent steps of 4 frames (Atari 100k)")
     device: str = setting("auto", "where to learn", choices=DEVICES)
-    threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0)
-    precision: str = setting("auto", "of large products; auto: bfloat16 where the hardware has it",
+    threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0, high=1024)
+    precision: str = setting("auto", "of large products; auto: bfloat16 where that is faster",
                              choices=("auto", "float32", "bfloat16"))
     graphs: bool = setting(True, "launch each phase as one CUDA graph; elsewhere there are none")
     replay_device: str = setting("auto", "where frames are kept; auto: as device", choices=DEVICES)
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
-    eval_episodes: int = setting(20, "episodes of an evaluation, side by side")
+    eval_episodes: int = setting(20, "episodes of an evaluation, side by side", high=1000)
     warmup: int = setting(1032, "random steps before the first update (paper)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
@@ -158,7 +158,7 @@ class Settings:
 
     @property
     def temperature(self) -> float:
-        """Of sampling: without end, it is uniform."""
+        """Of sampling by frequency; infinite, it is uniform."""
         return self.tau if self.sampling == "dfs" else math.inf
 
     @property
@@ -193,8 +193,26 @@ MAY_CHANGE = ("steps", "device", "threads", "graphs", "replay_device", "save_min
               "eval_episodes")
 
 
+# A setting that means nothing unless another one has this value
+BELONGS = dict(tau=("sampling", "dfs"), head_dim=("backbone", "mamba2"),
+               balance_rate=("balance", True), context=("dream_from", "contexts"),
+               replay_critic=("dream_from", "batch"))
+
+
 def flag(name: str) -> str:
     return "--" + name.strip("_").replace("_", "-")
+
+
+def spelled(value) -> str:
+    """As on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def typed(name: str, value) -> str:
+    """A whole flag: --no-balance, --channels 32,64, --seed 3."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {spelled(value)}"
 
 
 def check(s: Settings):
@@ -215,8 +233,6 @@ def check(s: Settings):
         raise Mistake(f"--steps {s.steps} leaves nothing to learn after the random steps of "
                       f"--warmup: give more than {s.warmup}.")
     windows = {"--batch": (s.batch, s.length)}
-    if s.replay_critic and s.dream_from == "contexts":
-        raise Mistake("--replay-critic belongs to --dream-from batch: leave one of them out.")
     if s.dream_from == "contexts":
         windows["--dreams"] = s.dreams, s.context
     elif s.batch * s.length % s.dreams or s.length % (s.batch * s.length // s.dreams):
@@ -232,8 +248,8 @@ def check(s: Settings):
     if len(s.kernel) not in (1, len(s.strides)) or any(
             kernel < stride or stride == 1 and kernel % 2 == 0
             for kernel, stride in zip(s.kernels, s.strides)):
-        raise Mistake(f"--kernel {','.join(map(str, s.kernel))} does not fit --strides: give one "
-                      "for all or one for each, no smaller than its stride, and odd where that is 1.")
+        raise Mistake(f"{typed('kernel', s.kernel)} does not fit --strides: give one for all or "
+                      "one for each, no smaller than its stride, and odd where that is 1.")
     if s.backbone == "mamba2" and 2 * s.d_model % s.head_dim:
         raise Mistake(f"--head-dim {s.head_dim} does not divide twice --d-model {s.d_model}.")
 
@@ -348,13 +364,13 @@ def randomness(seed: int, step: int, purpose: str) -> np.random.Generator:
 
 
 def episode_seeds(seed: int, episode: int, purpose: str, copies: int = 1) -> np.ndarray:
-    """Seeds for the game, one a copy; never negative, which it would take for none."""
+    """Seeds for the game, one a copy; never negative, which the emulator would take for none."""
     rng = np.random.default_rng((seed, episode, PURPOSES.index(purpose)))
     return rng.integers(2**31, size=copies)
 
 
-def pick_device(wanted: str) -> tuple[torch.device, str]:
-    """The device to learn on, and the reason in words."""
+def pick_device(wanted: str, asked_by: str = "device") -> tuple[torch.device, str]:
+    """The device that a setting asks for, and the reason in words."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     have = [name for name in there if there[name]]
     note = ""
@@ -364,7 +380,8 @@ def pick_device(wanted: str) -> tuple[torch.device, str]:
     if wanted == "auto":
         return torch.device(have[0]), "the fastest there is" + note
     if wanted not in have:
-        raise Mistake(f"--device {wanted} is not there{note}. This machine has {', '.join(have)}.")
+        raise Mistake(f"{typed(asked_by, wanted)} is not there{note}. This machine has "
+                      f"{', '.join(have)}.")
     return torch.device(wanted), "as asked"
 
 
@@ -481,11 +498,14 @@ class Run:
     """Everything a run consists of: what is trained, saved and restored."""
 
     def __init__(self, s: Settings, device: torch.device):
-        where = device if s.replay_device == "auto" else pick_device(s.replay_device)[0]
+        where = device
+        if s.replay_device != "auto":
+            where, _ = pick_device(s.replay_device, "replay_device")
         need, have = Replay.bytes_needed(s.steps), memory_of(where)
         if need > 0.9 * have:
+            hint = ", or try --replay-device cpu" if where.type != "cpu" else ""
             raise Mistake(f"the replay of --steps {s.steps} takes {need / 2**30:.1f} GiB, and "
-                          f"{where} has {have / 2**30:.1f}: ask for fewer, or try --replay-device cpu.")
+                          f"{where} has {have / 2**30:.1f}: ask for fewer{hint}.")
         self.settings, self.device = s, device
         self.replay = Replay(s.steps, device=where)
         self.game = Game(s.game)
@@ -905,8 +925,25 @@ def evaluate(s: Settings, player: Player, device) -> list[float]:
     return score[over].tolist()
 
 
+@contextlib.contextmanager
+def whole(path: Path, remedy: str):
+    """While a file is read: refuse it, by its name, if it is not as it was written."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError):
+        raise Mistake(f"{path} is damaged: {remedy}.") from None
+
+
+def kept_evaluation(path: Path) -> tuple[int, list[float]]:
+    """Step and scores of an evaluation on the disk."""
+    with whole(path, "delete it, and --eval makes a new one"):
+        kept = json.loads(path.read_bytes())
+        return int(kept["step"]), [float(score) for score in kept["scores"]]
+
+
 def evaluate_and_report(s: Settings, player: Player, state: dict, device, path: Path):
     """Evaluate, print the table that closes a run, and write it to `path`."""
+    known = len(kept_evaluation(path)[1]) if path.exists() else 0
     scores = evaluate(s, player, device)
     rows = state["logs"]["episodes"].splitlines()[1:]
     last = [float(row.split(",")[1]) for row in rows[-5:]]
@@ -925,7 +962,6 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, device, path: 
         table["published Drama"] = f"{paper:g}, {human_normalised(s.game, paper):.1f} %"
         table["random, human"] = f"{random:g}, {human:g}"
     print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
-    known = len(json.loads(path.read_bytes())["scores"]) if path.exists() else 0
     if len(scores) < max(known, s.eval_episodes):  # ended early, or less than is known already
         print(f"  not kept{f': {path} holds {known} episodes' if known else ''}")
     else:
@@ -1189,27 +1225,32 @@ SMOOTH = 5  # training episodes that a point of a curve averages, as in the pape
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 
 
+def no_run(path: Path) -> Mistake:
+    return Mistake(f"{path} holds no run." if path.is_dir() else f"there is no folder {path}.")
+
+
+def learning_curve(folder: Path) -> tuple[str, np.ndarray, list]:
+    """A run's game, its training scores and its evaluations: rows of (step, score)."""
+    settings, table = folder / "settings.json", folder / "episodes.csv"
+    if not settings.exists():
+        raise no_run(folder)
+    with whole(settings, "the run writes it anew when it goes on"):
+        game = json.loads(settings.read_bytes())["game"]
+    rows = table.read_text().splitlines()[1:] if table.exists() else []
+    with whole(table, "the run writes it anew when it goes on"):  # but a half row may be its last
+        points = np.array([row.split(",")[:2] for row in rows if row.count(",") > 2], float)
+    if not len(points):
+        raise Mistake(f"{folder} has not finished an episode yet.")
+    tests = (kept_evaluation(path) for path in folder.glob("evaluation-*[0-9].json"))
+    return game, points, [(step, np.mean(scores)) for step, scores in tests]
+
+
 def curves(folders: list[Path], path: Path):
     """Draw the training scores of runs over their steps, a panel a game, as SVG."""
     panels = {}
     for folder in folders:
-        try:
-            s = settings_of(dict(settings=json.loads((folder / "settings.json").read_bytes())))
-            usual = Settings(**PRESETS[s.preset])
-        except (OSError, ValueError, KeyError, TypeError, Mistake):
-            raise Mistake(f"{folder} holds no run.") from None
-        table = folder / "episodes.csv"
-        rows = table.read_text().splitlines()[1:] if table.exists() else []
-        points = [row.split(",")[:2] for row in rows if row.count(",") > 2]  # and whole
-        if not points:
-            raise Mistake(f"{folder} has not finished an episode yet.")
-        tests = [json.loads(test.read_bytes()) for test in folder.glob("evaluation-*[0-9].json")]
-        tests = [(test["step"], np.mean(test["scores"])) for test in tests]
-        told = ("preset", "game", "seed", "precision", *MAY_CHANGE)
-        name = f"{s.preset}, seed {s.seed}" + "".join(
-            f", {name} {value}" for name, value in asdict(s).items()
-            if name not in told and value != getattr(usual, name))
-        panels.setdefault(s.game, []).append((name, np.array(points, float), tests))
+        game, points, tests = learning_curve(folder)
+        panels.setdefault(game, []).append((folder.resolve().name, points, tests))
     width, height, parts = 660, 300, []
     for number, (game, runs) in enumerate(sorted(panels.items())):
         parts.append(f'<g transform="translate(0 {number * height})">{panel(game, runs)}</g>')
@@ -1217,7 +1258,7 @@ def curves(folders: list[Path], path: Path):
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height * len(panels)}" '
         f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
         + "".join(parts) + "</svg>\n").encode())
-    print(f"training scores of {len(folders)} runs: {path}")
+    print(f"training scores of {', '.join(map(str, folders))}: {path}")
 
 
 def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
@@ -1254,7 +1295,9 @@ def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
         colour = COLOURS[number % len(COLOURS)]
         mean = [points[max(0, i + 1 - SMOOTH) : i + 1, 1].mean() for i in range(len(points))]
         line = "L".join(" ".join(place(*point)) for point in zip(points[:, 0], mean))
-        parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        dashes = 6 * (number // len(COLOURS))  # when the colours come again
+        parts.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="2" '
+                     f'stroke-dasharray="{dashes}"/>')
         for point in points:
             x, y = place(*point)
             parts.append(f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}" opacity="0.4"/>')
@@ -1462,7 +1505,7 @@ class Folder:
         if problems:
             raise Mistake(f"no whole save is left in {self.path}: "
                           f"{'; '.join(dict.fromkeys(problems))}.")
-        raise Mistake(f"{self.path} holds no run.")
+        raise no_run(self.path)
 
     def read(self, name: str, digest: str) -> bytes:
         try:
@@ -1531,10 +1574,10 @@ def restore(run: Run, state: dict, chunks: dict[str, bytes]):
         run.frame, *_ = run.game.step(run.replay.action[step : step + 1])
 
 
-def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "posterior"):
-    """Settings, player and saved state of a run folder: all one needs to play."""
+def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "posterior", **changes):
+    """Settings, with `changes`, player and saved state of a run folder: all one needs to play."""
     manifest, state, _ = Folder(Path(path)).load(with_replay=False)
-    s, (device, _) = settings_of(manifest), pick_device(device)
+    s, (device, _) = replace(settings_of(manifest), **changes), pick_device(device)
     model, agent = build_networks(s, Game(s.game).actions, device)
     model.load_state_dict(state["learning"]["model"])
     agent.load_state_dict(state["learning"]["agent"])
@@ -1571,22 +1614,24 @@ def make_parser() -> Parser:
     parser = Parser(prog="drama.py", allow_abbrev=False, description=__doc__.split("\n")[0],
                     argument_default=argparse.SUPPRESS)
     parser.add_argument("--run", metavar="DIR", help="run folder (runs/GAME-sSEED)")
-    parser.add_argument("--eval", metavar="RUN", help="play full episodes with a run's agent")
-    parser.add_argument("--watch", metavar="RUN", help="film an episode of a run's agent")
-    parser.add_argument("--model-check", metavar="RUN", help="compare a run's dreams with the game")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--eval", metavar="RUN", help="play full episodes with a run's agent")
+    instead.add_argument("--watch", metavar="RUN", help="film an episode of a run's agent")
+    instead.add_argument("--model-check", metavar="RUN", help="compare its dreams with the game")
+    instead.add_argument("--curves", metavar="RUN", nargs="+", help="draw runs' training scores")
+    instead.add_argument("--bench", action="store_true", help="time every phase and leave")
+    instead.add_argument("--list-games", action="store_true", help="list the games")
     parser.add_argument("--act-on", choices=("posterior", "prior"), help="for --eval and --watch: "
                         "the actor sees the frame or, as in the published code, a guess at it")
-    parser.add_argument("--curves", metavar="RUN", nargs="+", help="draw runs' training scores")
-    parser.add_argument("--bench", action="store_true", help="time every phase and leave")
-    parser.add_argument("--list-games", action="store_true", help="list the games")
     group = parser.add_argument_group("settings, with the values of the preset paper")
     for f in fields(Settings):
-        text = f"{f.metadata['help']} ({f.default})".replace("%", "%%")
+        text = f"{f.metadata['help']} ({spelled(f.default)})".replace("%", "%%")
         if isinstance(f.default, bool):
             group.add_argument(flag(f.name), dest=f.name, help=text,
                                action=argparse.BooleanOptionalAction)
         else:
-            metavar = "|".join(f.metadata["choices"]) or type(f.default).__name__.upper()
+            kind = "N,N,..." if isinstance(f.default, tuple) else type(f.default).__name__.upper()
+            metavar = "|".join(f.metadata["choices"]) or kind
             group.add_argument(flag(f.name), dest=f.name, help=text, metavar=metavar,
                                type=reader(f.default))
     return parser
@@ -1603,6 +1648,12 @@ def parse_arguments(argv: list[str]) -> dict:
         hint = f"did you mean {near[0]}?" if near else "see --help."
         raise Mistake(f"unknown {'flag' if word.startswith('-') else 'word'} {word!r}: {hint}")
     return vars(given)
+
+
+def refuse(flags: dict, because: str):
+    """Refuse flags that a command has no use for."""
+    for name, value in flags.items():
+        raise Mistake(f"{because}: leave out {typed(name, value)}.")
 
 
 def settings_of(manifest: dict) -> Settings:
@@ -1624,8 +1675,10 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
         preset.pop("replay_critic", None)
     s = Settings(**(preset | flags))
     check(s)
-    if s.dream_from == "batch" and "context" in flags:
-        raise Mistake("--context belongs to --dream-from contexts: other dreams have none.")
+    for name, (other, value) in BELONGS.items():
+        if flags.get(name) and getattr(s, other) != value:
+            raise Mistake(f"{flag(name)} belongs to {typed(other, value)}: leave it out, or ask "
+                          "for that.")
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
     return replace(s, game=Game.named(s.game), precision=precision), device, why
@@ -1640,7 +1693,8 @@ def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
         del flags["precision"]
     for name, value in flags.items():
         if name not in MAY_CHANGE and value != getattr(s, name):
-            raise Mistake(f"{path} holds a run with {flag(name)} {getattr(s, name)}, not {value}: "
+            asked = typed(name, value) if isinstance(value, bool) else spelled(value)
+            raise Mistake(f"{path} holds a run with {typed(name, getattr(s, name))}, not {asked}: "
                           "leave the flag out to go on with it, or give another folder with --run.")
     if flags.get("steps", s.steps) < s.steps:
         raise Mistake(f"{path} holds a run of {s.steps} steps: --steps can only grow.")
@@ -1698,6 +1752,13 @@ def train_command(flags: dict):
         device, why = pick_device(s.device)
     else:
         s, device, why = new_settings(flags)
+    result = folder.path / f"evaluation-{s.steps:06d}.json"
+    if resuming and manifest["step"] == s.steps and result.exists():
+        _, scores = kept_evaluation(result)
+        if len(scores) >= flags.get("eval_episodes", 1):
+            print(f"finished: mean score {np.mean(scores):.1f} of {len(scores)} episodes "
+                  f"({result}). More --steps go on; --eval {folder.path} plays again.")
+            return
     run = Run(s, device)
     if resuming:
         restore(run, state, chunks)
@@ -1717,54 +1778,65 @@ def train_command(flags: dict):
     except OSError as error:
         kept = (f"The last good save is that of step {folder.saved_step}: the same command goes on "
                 "from there." if folder.manifests() else "Nothing is saved yet.")
-        raise Stopped(f"{error}. {kept}") from None
-    result = folder.path / f"evaluation-{run.step:06d}.json"
-    if not result.exists() or "eval_episodes" in flags:
-        player = make_player(s, run.model, run.agent, s.eval_episodes)
-        evaluate_and_report(s, player, state_of(run), device, result)
+        raise Stopped(f"{reason(error)}. {kept}") from None
+    player = make_player(s, run.model, run.agent, s.eval_episodes)
+    evaluate_and_report(s, player, state_of(run), device, result)
 
 
 def play_command(flags: dict, kind: str):
     """--eval, --watch, --model-check: play with what a run has learnt so far."""
-    path = Path(flags.pop(kind))
-    allowed = {"device", "threads"} | dict(eval={"act_on", "eval_episodes"}, watch={"act_on"},
-                                           model_check=set())[kind]
-    if extra := sorted(set(flags) - allowed):
-        raise Mistake(f"{flag(kind)} takes its settings from the run: leave out {flag(extra[0])}.")
-    act_on = flags.pop("act_on", "posterior")
-    check(Settings(**flags))
-    if flags.get("threads"):
-        torch.set_num_threads(flags["threads"])
-    games = dict(eval=flags.get("eval_episodes", Settings.eval_episodes), watch=1,
-                 model_check=CHECK_EPISODES)[kind]
-    device, _ = pick_device(flags.get("device", "auto"))
-    s, player, state = load_player(path, device.type, games, act_on)
+    path, act_on = Path(flags.pop(kind)), flags.get("act_on", "posterior")
+    allowed = {"device", "threads", "graphs"} | dict(
+        eval={"act_on", "eval_episodes"}, watch={"act_on"}, model_check=set())[kind]
+    refuse({name: value for name, value in flags.items() if name not in allowed},
+           f"{flag(kind)} takes its settings from the run")
+    s = Settings(**{name: value for name, value in flags.items() if name != "act_on"})
+    check(s)
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    if path.is_dir() and not os.access(path, os.W_OK):
+        raise Mistake(f"{path} cannot be written to, and {flag(kind)} leaves its result there.")
+    games = dict(eval=s.eval_episodes, watch=1, model_check=CHECK_EPISODES)[kind]
+    device, _ = pick_device(s.device)
+    s, player, state = load_player(path, device.type, games, act_on, graphs=s.graphs,
+                                   eval_episodes=s.eval_episodes)
     name = f"{state['step']:06d}" + "-prior" * (act_on == "prior")
     if kind == "watch":
         watch(s, player, device, path / f"watch-{name}.png")
     elif kind == "model_check":
         model_check(s, player, device, path / f"model-check-{name}.png")
     else:
-        s = replace(s, eval_episodes=games)
         evaluate_and_report(s, player, state, device, path / f"evaluation-{name}.json")
+
+
+def reason(error: Exception) -> str:
+    """An error without its number."""
+    named = isinstance(error, OSError) and error.strerror and error.filename
+    return f"{error.strerror}: {error.filename}" if named else str(error)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """numpy and torch, and torch on each of its devices, say it in their own way."""
+    words = "out of memory|allocate memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         flags = parse_arguments(sys.argv[1:] if argv is None else argv)
-        if "list_games" in flags:
+        if flags.pop("list_games", False):
+            refuse(flags, "--list-games only lists")
             print("\n".join(Game.names()))
         elif kinds := [kind for kind in ("eval", "watch", "model_check") if kind in flags]:
             play_command(flags, kinds[0])
         elif "curves" in flags:
             folders = [Path(name) for name in flags.pop("curves")]
-            if flags:
-                raise Mistake(f"--curves takes all from the runs: leave out {flag(min(flags))}.")
+            refuse(flags, "--curves takes all from the runs")
             curves(folders, Path("curves.svg"))
         elif flags.pop("bench", False):
-            if wrong := {"run", "act_on"} & set(flags):
-                raise Mistake(f"--bench makes no run: leave out {flag(wrong.pop())}.")
+            refuse({name: flags[name] for name in ("run", "act_on") if name in flags},
+                   "--bench makes no run")
             s, device, _ = new_settings(flags)
             bench(s, device)
         elif "act_on" in flags:
@@ -1775,7 +1847,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"drama.py: {mistake}", file=sys.stderr)
         return 2
     except (OSError, Stopped) as error:
-        print(f"drama.py: {error}", file=sys.stderr)
+        print(f"drama.py: {reason(error)}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("drama.py: there is not enough memory: what was saved is kept; a new run with a "
+              "smaller --batch, --dreams or --d-model, or on another --device, may fit",
+              file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

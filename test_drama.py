@@ -1677,10 +1677,14 @@ def test_a_longer_run_goes_on_from_a_finished_one(runs, tmp_path):
     assert outcome(runs[-1], tmp_path / "run") == outcome(runs[0], tmp_path / "long")
 
 
-def test_the_same_command_on_a_finished_run_changes_nothing(fake, tmp_path):
+def test_a_finished_runs_command_changes_nothing_and_says_its_score(fake, tmp_path, capsys):
     assert command(tmp_path / "run") == 0
     before = contents(tmp_path)
+    score = json.loads((tmp_path / "run" / "evaluation-000064.json").read_text())["scores"][0]
+    capsys.readouterr()
     assert command(tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert f"mean score {score:.1f} of 1 episode" in out and "resuming" not in out
     assert contents(tmp_path) == before
 
 
@@ -1726,33 +1730,47 @@ def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(fake, tmp_path, c
 CHANGED = dict(
     preset="debug", game="Pong", seed=3, steps=70, device="cpu", threads=1, precision="bfloat16",
     graphs=False, replay_device="cpu", save_minutes=7.5, log_every=3, eval_episodes=1, warmup=33, train_every=5,
-    sampling="uniform", tau=3.5, batch=3, length=6, channels=(4, 6), strides=(4, 4), kernel=(7, 4),
-    groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8, head_dim=12,
+    sampling="uniform", batch=3, length=6, channels=(4, 6), strides=(4, 4), kernel=(7, 4),
+    groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
     balance=False, event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3,
     actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002,
-    floor=0.02, slow_decay=0.9, range_decay=0.8, replay_critic=0.0, optimizer="laprop", model_rate=0.002,
-    agent_rate=0.003, balance_rate=0.004, warmup_updates=6, eps=1e-12, model_clip=50.0,
+    floor=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop", model_rate=0.002,
+    agent_rate=0.003, warmup_updates=6, eps=1e-12, model_clip=50.0,
     agent_clip=60.0)  # fmt: skip
+WHERE_THEY_MEAN_SOMETHING = dict(  # and CHANGED makes them mean nothing
+    preset="debug", steps=70, eval_episodes=1, tau=3.5, head_dim=8, balance_rate=0.004,
+    replay_critic=0.2)  # fmt: skip
 
 
-def test_every_setting_is_a_flag_that_reaches_the_run(runs, tmp_path):
+def as_flags(settings):
     flags = []
-    for field in dataclasses.fields(drama.Settings):
-        value, name = CHANGED[field.name], field.name.strip("_").replace("_", "-")
+    for name, value in settings.items():
+        name = name.strip("_").replace("_", "-")
         if isinstance(value, bool):
             flags += [f"--{'' if value else 'no-'}{name}"]
         else:
             several = value if isinstance(value, tuple) else [value]
             flags += [f"--{name}", ",".join(map(str, several))]
+    return flags
+
+
+@pytest.mark.parametrize("changed", [CHANGED, WHERE_THEY_MEAN_SOMETHING])
+def test_every_setting_is_a_flag_that_reaches_the_run(changed, runs, tmp_path):
+    flags = as_flags(changed)
     assert drama.main([*flags, "--run", str(tmp_path / "run")]) == 0
     kept = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert kept == {k: list(v) if isinstance(v, tuple) else v for k, v in CHANGED.items()}
-    assert dataclasses.asdict(runs[0].settings) == CHANGED
+    for name, value in changed.items():
+        assert kept[name] == (list(value) if isinstance(value, tuple) else value)
+        assert getattr(runs[0].settings, name) == value
     assert drama.main([*flags, "--run", str(tmp_path / "run")]) == 0  # and is accepted again
+
+
+def test_the_changes_leave_no_setting_out_nor_as_it_was():
+    assert {*CHANGED, *WHERE_THEY_MEAN_SOMETHING} == {f.name for f in dataclasses.fields(drama.Settings)}
     default = dataclasses.asdict(drama.Settings()) | drama.PRESETS["debug"]
-    same = {name for name, value in CHANGED.items() if value == default[name]}
-    assert same == set()  # or the flag would not be seen
+    changed = WHERE_THEY_MEAN_SOMETHING | CHANGED
+    assert not [name for name, value in changed.items() if value == default[name]]
 
 
 def test_help_names_every_setting(capsys):
@@ -1893,6 +1911,12 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--dream-from contexts --dreams 99", "--dreams 99"), ("--act-on prior", "--eval"),
     ("--steps", "--steps"), ("--dream-from contexts --context 1", "--context"),
     ("--dream-from contexts --replay-critic 0.3", "--replay-critic"),
+    ("--sampling uniform --tau 2", "--tau belongs to --sampling dfs"),
+    ("--backbone mamba --head-dim 8", "--head-dim belongs to --backbone mamba2"),
+    ("--no-balance --balance-rate 1", "--balance-rate belongs to --balance"),
+    (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"),
+    ("--threads 99999999999999", "--threads"), ("--eval-episodes 99999999999", "--eval-episodes"),
+    ("--list-games", "leave out --"), ("--bench --list-games", "--list-games"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new"), *flags.split()], says)
@@ -1900,18 +1924,58 @@ def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, says", [
     ("--game Pong", "--game Breakout"), ("--seed 1", "--seed 0"), ("--steps 50", "64"),
-    ("--d-model 64", "--d-model 32"), ("--no-balance", "--balance"), ("--preset laptop", "debug"),
+    ("--d-model 64", "--d-model 32, not 64"), ("--no-balance", "--balance, not --no-balance"), ("--preset laptop", "debug"),
     ("--device tpu", "--device"), ("--steps 100000000000", "GiB"),
 ])  # fmt: skip
 def test_a_run_is_not_continued_with_other_settings(flags, says, run_folder, capsys):
     refused(capsys, run_folder, [*TINY, "--run", str(run_folder), *flags.split()], says)
 
 
-@pytest.mark.parametrize("kind", ["--eval", "--watch", "--model-check"])
-def test_a_folder_without_a_run_cannot_be_played(kind, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["--eval", "--watch", "--model-check", "--curves"])
+def test_a_folder_without_a_run_is_refused(kind, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for name in ("empty", "missing"):
-        refused(capsys, tmp_path, [kind, str(tmp_path / name)], "holds no run")
+    refused(capsys, tmp_path, [kind, str(tmp_path / "empty")], "empty holds no run")
+    refused(capsys, tmp_path, [kind, str(tmp_path / "missing")], "there is no folder .*missing")
+
+
+def test_one_thing_at_a_time(run_folder, capsys):
+    for other in ("--watch", "--model-check", "--curves"):
+        refused(capsys, run_folder, ["--eval", str(run_folder), other, str(run_folder)], "--eval")
+
+
+@pytest.mark.parametrize("kind", ["--eval", "--watch", "--model-check"])
+def test_a_folder_that_takes_no_result_is_refused_before_playing(kind, run_folder, fake, capsys):
+    fake.setattr(drama, "play", lambda *_: pytest.fail("played in vain"))
+    fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    refused(capsys, run_folder, [kind, str(run_folder)], "cannot be written to")
+
+
+@pytest.mark.parametrize("damaged", ["[1]", "{", '{"step": 64}', '{"step": 64, "scores": "ab"}'])
+def test_a_damaged_evaluation_is_named(damaged, run_folder, tmp_path, fake, capsys):
+    fake.chdir(tmp_path)
+    (run_folder / "evaluation-000064.json").write_text(damaged)
+    fake.setattr(drama, "play", lambda *_: pytest.fail("played in vain"))
+    for argv in (["--eval", run_folder], ["--curves", run_folder], [*TINY, "--run", run_folder]):
+        refused(capsys, run_folder, list(map(str, argv)), "evaluation-000064.json is damaged")
+
+
+def test_memory_that_does_not_suffice_is_one_sentence(run_folder, fake, capsys):
+    def exhausted(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nStack")
+
+    fake.setattr(drama, "train", exhausted)
+    assert drama.main([*TINY, "--run", str(run_folder), "--steps", "70"]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "memory" in err and "--batch" in err
+
+
+def test_an_error_that_is_none_of_the_users_is_not_hidden(run_folder, fake):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    fake.setattr(drama, "train", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        drama.main([*TINY, "--run", str(run_folder), "--steps", "70"])
 
 
 @pytest.mark.parametrize("flags", ["--eval-episodes 0", "--eval-episodes -1", "--threads -1",
@@ -2189,22 +2253,23 @@ def test_curves_are_drawn_where_the_scores_are(tmp_path, monkeypatch):
     line = [e.get("d") for e in dot.iter() if e.get("stroke-width") == "2"]
     assert line == ["M177.5 260.0L285.0 202.5L500.0 87.5"]  # means of 0; 0, 10; 10, 20
     words = {e.text for e in dot.iter() if e.tag.endswith("text")}
-    assert "laptop, seed 3" in words
+    assert "a" in words  # a run goes by the name of its folder
     words = {e.text for e in breakout.iter() if e.tag.endswith("text")}
     assert {"Breakout", "random 2", "human 30", "published Drama 7",
-            "laptop, seed 3, model_rate 0.5"} <= words
+            "b"} <= words
     assert sum(e.tag.endswith("circle") for e in breakout.iter()) == 1  # the other row is half written
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["missing"], "missing holds no run"), (["run", "--seed", "3"], "--seed"),
-    (["list"], "list holds no run"), (["young"], "young has not finished an episode"),
+    (["run", "--seed", "3"], "--seed"), (["list"], "list/settings.json is damaged"),
+    (["young"], "young has not finished an episode"), (["bad"], "bad/episodes.csv is damaged"),
 ])  # fmt: skip
 def test_curves_of_nothing_are_refused(argv, says, run_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     drawable(tmp_path / "young", rows=[])
     (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "settings.json").write_text("[]")
+    (tmp_path / "list" / "settings.json").write_text("[1]")
+    drawable(tmp_path / "bad", rows=["100,0,100,", "150,xx,50,1"])
     refused(capsys, tmp_path, ["--curves", *argv], says)
 
 
