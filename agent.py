@@ -167,8 +167,8 @@ class TransposedConv(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         (stride, _), (padding, _), (kernel, _) = self.stride, self.padding, self.kernel_size
-        # Pixel a of position i takes tap a + stride j of the input at position i - j. There are as
-        # many taps as the kernel has, or the last pixel of the image, `padding` on, is away.
+        # Pixel a of position i takes tap a + stride j of the input at position i - j. That makes
+        # kernel / stride taps, unless the image, which begins `padding` pixels on, ends later.
         taps = max(-(-kernel // stride), (stride - 1 + padding) // stride + 1)
         missing = taps * stride - kernel
         weight = F.pad(self.weight, (0, missing, 0, missing))  # (C, C', taps stride, taps stride)
@@ -390,21 +390,21 @@ class WorldModel(nn.Module):
 
         posterior, latent = posterior.unflatten(0, (B, L)), latent.unflatten(0, (B, L))
         d, _ = self.sequence(self.token(latent, batch.action), reset=batch.first)  # (B, L, D)
-        before, after = self.prior(d[:, :-1]), posterior[:, 1:]  # both of step t + 1
-        dynamics = kl_divergence(after.detach(), before)  # (B, L - 1)
-        representation = kl_divergence(after, before.detach())
-        within = (~batch.first[:, 1:]).float()
+        prior, posterior = self.prior(d[:, :-1]), posterior[:, 1:]  # both of step t + 1
+        dynamics = kl_divergence(posterior.detach(), prior)  # (B, L - 1)
+        representation = kl_divergence(posterior, prior.detach())
+        within = (~batch.first[:, 1:]).float()  # one episode
 
         def mean_within(kl):
-            return (kl.clamp(min=self.free_nats) * within).sum() / within.sum().clamp(min=1)
+            return (kl * within).sum() / within.sum().clamp(min=1)
 
         end_logit = self.end_head(d).float().squeeze(-1)
         losses = dict(
             image=image_error / (B * L),
             reward=self.two_hot.loss(self.reward_head(d), batch.reward).mean(),
             end=F.binary_cross_entropy_with_logits(end_logit, batch.terminal),
-            dynamics=mean_within(dynamics),
-            representation=mean_within(representation),
+            dynamics=mean_within(dynamics.clamp(min=self.free_nats)),
+            representation=mean_within(representation.clamp(min=self.free_nats)),
         )
         latent_loss = losses["dynamics"] + self.representation_scale * losses["representation"]
         parts = dict(image=losses["image"], reward=losses["reward"], latent=latent_loss)
@@ -415,8 +415,8 @@ class WorldModel(nn.Module):
 
         metrics = {f"{name}_loss": value.detach() for name, value in losses.items()}
         metrics["model_loss"] = total.detach()
-        metrics["kl"] = ((dynamics * within).sum() / within.sum().clamp(min=1)).detach()
-        metrics["posterior_entropy"] = -(after * after.log()).sum((-2, -1)).mean().detach()
+        metrics["kl"] = mean_within(dynamics).detach()
+        metrics["posterior_entropy"] = -(posterior * posterior.log()).sum((-2, -1)).mean().detach()
         metrics |= {f"balance_{name}": (-s).exp().detach() for name, s in self.balance.items()}
         return total, metrics, z.unflatten(0, (B, L))
 
@@ -433,16 +433,16 @@ class WorldModel(nn.Module):
         d, states = self.sequence(self.token(z, batch.action), reset=batch.first, every=piece)
         d = F.pad(d[:, :-1], (0, 0, 1, 0)).masked_fill(batch.first[..., None], 0.0)  # d_{t-1}
 
-        def heads(ends):  # (B, pieces, ...) after each piece -> (count, ...) before each
-            before = torch.empty_like(ends)  # with the layout of states
+        def before_each(after_each):  # piece: (B, pieces, ...) -> (count, ...)
+            before = torch.empty_like(after_each)  # with the layout of states
             before[:, 0].zero_()
-            before[:, 1:] = ends[:, :-1]
+            before[:, 1:] = after_each[:, :-1]
             return before.flatten(0, 1)
 
         start = Start(
             z=z[:, ::piece].flatten(0, 1),
             d=d[:, ::piece].flatten(0, 1),
-            state=tuple(State(*map(heads, layer)) for layer in states),
+            state=tuple(State(*map(before_each, layer)) for layer in states),
             first=batch.first[:, ::piece].flatten(),
         )
         cut = batch.first[:, 1:] & (batch.terminal[:, :-1] == 0)
@@ -600,6 +600,7 @@ class ActorCritic(nn.Module):
         scale = self.return_range.update(returns).clamp(min=1.0)
         advantage = (returns - value[:-1]) / scale
 
+        # Without a floor a probability may round to 0, whose logarithm would break the entropy.
         log_pi = self.policy(features[:-1]).clamp(min=1e-30).log()  # (T, N, A)
         log_taken = log_pi.gather(-1, dream.action.unsqueeze(-1)).squeeze(-1)
         entropy = -(log_pi.exp() * log_pi).sum(-1)
@@ -635,18 +636,18 @@ class ActorCritic(nn.Module):
 class Player:
     """Plays `games` side by side with the state carried from step to step: O(1) a step.
 
-    A state grows older than any that was trained, and remembers old weights. So every
-    `context / 2` steps it is rebuilt, with the present weights, by one scan over the last
-    `context / 2` steps, and ages run from context / 2 to context (T4).
+    Left alone, a state would grow older than any that was trained, and it remembers old weights.
+    So at the age of `oldest` steps it is rebuilt, with the present weights, by one scan over the
+    newer half of them, and ages run from oldest / 2 to oldest (T4). Play changes nothing else (D6).
 
     `act_on="prior"` shows the actor a guess at the frame in place of the frame, as the published
     code does; it exists to be compared with.
     """
 
-    def __init__(self, model: WorldModel, agent: ActorCritic, games: int, context: int,
+    def __init__(self, model: WorldModel, agent: ActorCritic, games: int, oldest: int,
                  act_on: str = "posterior"):
         self.model, self.agent, self.act_on = model, agent, act_on
-        self.half = max(1, context // 2)
+        self.half = max(1, oldest // 2)
         self.state = model.sequence.initial_state(games)
         self.d = next(model.parameters()).new_zeros(games, model.sequence.d_model)  # d_{t-1}
         self.history = deque(maxlen=self.half)  # (z, action, first) of the last steps
@@ -705,7 +706,7 @@ class LaProp(torch.optim.Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for p, saved in self.state.items():  # in older files k is a plain number
+        for p, saved in self.state.items():  # torch does not move k; in older files it is no tensor
             saved["step"] = torch.as_tensor(saved["step"], dtype=p.dtype, device=p.device)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Replay: every step of the run, and which of them to learn from next.
 
-The replay is append-only and as large as the run: nothing is ever overwritten, so a position is
-a step's name for good and a window of `length` consecutive positions is consecutive in time.
+The replay is append-only and as large as the run: nothing is ever overwritten, so a position is a
+step's name for good and a window of `length` consecutive positions is consecutive in time (D17).
 
 Which windows are drawn is Drama's *dynamic frequency-based sampling* (DFS; paper, section 2.4).
 Two counters stand beside every position: how often a window that starts there has trained the

@@ -578,7 +578,7 @@ def take_step(module, optimizer, finite: Tensor, before: list, progress: float, 
 def world_gradient(run: Run, batch: Batch):
     """Phase 1: loss and gradients of the world model, and the latents just drawn."""
     before = [buffer.clone() for buffer in run.model.buffers()]
-    run.model.train()
+    run.model.train()  # input statistics change here and nowhere else (D6)
     with run.autocast():
         loss, metrics, z = run.model.loss(batch)
     norm, finite = gradient(run.model_optimizer, loss, run.settings.model_clip)
@@ -646,7 +646,8 @@ def draw_windows(run: Run, rng) -> Batch:
 def draw_contexts(run: Run, rng) -> Batch:
     """Windows of the replay to dream on from."""
     s = run.settings
-    starts = run.replay.dreaming_windows(s.dreams, s.context, s.temperature, rng, s.dreams / s.batch)
+    ratio = s.dreams / s.batch
+    starts = run.replay.dreaming_windows(s.dreams, s.context, s.temperature, rng, ratio)
     return run.replay.windows(starts, s.context, run.device)
 
 
@@ -892,7 +893,7 @@ class Move(NamedTuple):
 def play(s: Settings, player: Player, device, game: Game, frame: np.ndarray, limit=math.inf):
     """Play `game`, just reset to `frame`, for `limit` steps or until every copy is over -> Moves.
 
-    A copy that is over earns nothing more.
+    The player remembers nothing from before (D8); a copy that is over earns nothing more.
     """
     over, step = np.zeros(len(frame), bool), 0
     while step < limit and not over.all():
@@ -908,8 +909,8 @@ def play(s: Settings, player: Player, device, game: Game, frame: np.ndarray, lim
 def evaluate(s: Settings, player: Player, device) -> list[float]:
     """Scores of full episodes, played side by side, one each, with sampled actions.
 
-    Every episode that began counts: the first to finish are not the typical ones (D9). Ctrl-C
-    ends it early, with the episodes that are over by then.
+    Every episode that began counts: the first to finish are not the typical ones (D9). The game
+    is set up as in training (D14). Ctrl-C ends it early, with the episodes that are over by then.
     """
     copies = s.eval_episodes
     game, score, over = Game(s.game, copies), np.zeros(copies), np.zeros(copies, bool)
@@ -1536,7 +1537,7 @@ LEARNING = ("model", "agent", "model_optimizer", "agent_optimizer")
 
 
 def state_of(run: Run) -> dict:
-    """All that a save holds beside the full replay files."""
+    """All that a save holds beside the full replay files: not the weights alone (D16)."""
     newest = run.replay.steps(run.step // CHUNK * CHUNK, run.step)
     return dict({name: getattr(run, name) for name in COUNTED},
                 learning={name: getattr(run, name).state_dict() for name in LEARNING},
@@ -1559,7 +1560,7 @@ def restore(run: Run, state: dict, chunks: dict[str, bytes]):
     for name in LEARNING:
         for group, ours in zip(state["learning"][name].get("param_groups", []),
                                getattr(getattr(run, name), "param_groups", [])):
-            group |= {key: ours[key] for key in ("eps", "capturable") if key in ours}  # the device's
+            group |= {key: ours[key] for key in ("eps", "capturable") if key in ours}  # device's
         getattr(run, name).load_state_dict(state["learning"][name])
     if state["player"]:
         run.player = make_player(run.settings, run.model, run.agent)

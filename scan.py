@@ -108,7 +108,7 @@ def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
 
 def s6_plan(batch, length, width, N, device, every=None):
     """How the work is cut up: (K blocks, Q steps of each, steps from one kept state to the next,
-    tiles of rows and channels). The one place that knows what a device likes."""
+    tiles of rows and channels). This and ssd_plan alone know what a device likes."""
     cpu = device.type == "cpu"
     # Launches cost on a GPU: the loops over Q steps and over K blocks are kept about equally long.
     longest = every or (128 if cpu else min(128, max(16, 2 ** round(math.log2(length) / 2))))
@@ -456,15 +456,15 @@ def causal_conv(x, conv1d, past, reset=None, every=None):
     now = seen[:, reach:]
     last = seen[:, piece:].unfold(1, reach, piece)  # (B, L / piece, channels, d_conv - 1)
     if reset is not None:  # two steps see each other if as many resets have come before
-        number = F.pad(reset.int(), (reach, 0)).cumsum(1)[..., None]  # (B, d_conv - 1 + L, 1)
-        numbers = number[:, piece:].unfold(1, reach, piece)
-        last = torch.where(numbers == numbers[..., -1:], last, 0)
+        segment = F.pad(reset.int(), (reach, 0)).cumsum(1)[..., None]  # (B, d_conv - 1 + L, 1)
+        segments = segment[:, piece:].unfold(1, reach, piece)  # of `last`
+        last = torch.where(segments == segments[..., -1:], last, 0)
     weights = taps(conv1d)
     y = torch.addcmul(conv1d.bias, now, weights[reach])
     for tap in range(reach):
         earlier = seen[:, tap:tap + length]
         if reset is not None:
-            earlier = torch.where(number[:, tap:tap + length] == number[:, reach:], earlier, 0)
+            earlier = torch.where(segment[:, tap:tap + length] == segment[:, reach:], earlier, 0)
         y = torch.addcmul(y, earlier, weights[tap])  # (B, L, channels)
     return F.silu(y), last if every else last[:, 0]
 
@@ -509,9 +509,9 @@ class Mamba(nn.Module):
         with torch.no_grad():  # the sum over the layers keeps its size
             self.out_proj.weight /= math.sqrt(layers)
 
-    def initial_state(self, batch, device=None):
+    def initial_state(self, batch):
         channels, _, d_conv = self.conv1d.weight.shape
-        zeros = functools.partial(torch.zeros, device=device or self.D.device)
+        zeros = functools.partial(torch.zeros, device=self.D.device)
         return State(zeros((batch, channels, d_conv - 1)), zeros((batch, *self.A_log.shape)))
 
     def forward(self, u, state=None, reset=None, every=None):
@@ -561,9 +561,9 @@ class Mamba2(nn.Module):
         with torch.no_grad():  # the sum over the layers keeps its size
             self.out_proj.weight /= math.sqrt(layers)
 
-    def initial_state(self, batch, device=None):
+    def initial_state(self, batch):
         (channels, _, d_conv), heads, N = self.conv1d.weight.shape, len(self.D), self.sizes[1]
-        zeros = functools.partial(torch.zeros, device=device or self.D.device)
+        zeros = functools.partial(torch.zeros, device=self.D.device)
         return State(zeros((batch, channels, d_conv - 1)),
                      zeros((batch, heads, N, self.head_dim)).mT)  # as ssd leaves it in memory
 
@@ -623,10 +623,10 @@ class SequenceModel(nn.Module):
     """
 
     def __init__(self, d_input, d_model, *, layers=2, backbone="mamba2", d_state=16, head_dim=64,
-                 dropout=0.1, d_conv=4, expand=2):
+                 dropout=0.1):
         super().__init__()
         self.d_model = d_model
-        sizes = dict(d_state=d_state, d_conv=d_conv, expand=expand)
+        sizes = dict(d_state=d_state)
         if backbone == "mamba2":
             sizes["head_dim"] = head_dim
         self.stem = nn.Sequential(nn.Linear(d_input, d_model), RMSNorm(d_model),
@@ -666,7 +666,7 @@ class SequenceModel(nn.Module):
 
 
 def example(kind, batch, length, width, device, N=16, P=64):
-    """Inputs as they are in a fresh layer: step sizes around 0.01, decay rates from 1 to 16."""
+    """Inputs as they are in a fresh layer: step sizes around 0.02, decay rates from 1 to 16."""
     channels, rates = ((width,), (width, N)) if kind == "s6" else ((width // P, P), (width // P,))
     randn = functools.partial(torch.randn, device=device)
     dt = F.softplus(randn(batch, length, channels[0]) - 4)
