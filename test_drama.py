@@ -1833,6 +1833,7 @@ def test_README_game_of_ones_own_trains_and_is_evaluated(monkeypatch, tmp_path, 
     assert command(tmp_path / "run") == 0
     printed = capsys.readouterr().out
     assert "Dot" in printed and "published" not in printed
+    assert drama.main(["--list-games"]) == 0 and capsys.readouterr().out == "Dot\n"
 
 
 def test_README_snippet_loads_a_run_and_acts(fake, tmp_path):
