@@ -16,10 +16,11 @@ prior inside a dream. Because q looks at one frame only, a whole batch of window
 scanned and scored at once; scan.py does the scanning.
 
 Shapes: B batch, L length, N dreams, T horizon, K groups, C classes, Z = K * C, D width of d,
-F = Z + D, A actions. Losses: paper, equations 6 and 7. D1, D2 ... name faults of the published
-code that are settled here; the README lists them.
+F = Z + D, A actions. Losses: paper, equations 6 and 7. D1, P6, T2 and the like name faults of the
+published code that are settled here; the README lists them.
 
-Read before: scan.py. Read next: drama.py.
+Of scan.py it is enough to know that SequenceModel makes d_t of latents and actions. What is in the
+way of a first reading is marked so. Read next: drama.py.
 """
 
 import copy
@@ -118,6 +119,7 @@ def image_layout(device: torch.device) -> torch.memory_format:
 
 class Interleave(torch.autograd.Function):
     """Put the stride x stride pixels of every position, computed as channels, into their places.
+    (At a first reading go on to `encoder`: from here to there it is all about speed.)
 
     (B, n, n, stride, stride, C) -> (B, side, side, C), without the first `padding` rows and columns
     and what is beyond `side`. Written by hand because autograd would make a full tensor for each of
@@ -130,7 +132,8 @@ class Interleave(torch.autograd.Function):
         stride = apart.shape[3]
         n = image.shape[1] // stride
         image = image.unflatten(2, (n, stride)).unflatten(1, (n, stride))
-        # Pixels `cut` of position i + m are in the image the pixels `put` of its i-th stride.
+        # Row a of position p is row stride p + a - padding of the image. So, for every m, what is
+        # `cut` of position i + m goes where it is `put` in the i-th stride of the image.
         groups = []
         for m in range(padding // stride, (padding + stride - 1) // stride + 1):
             first, last = max(padding, m * stride), min(padding, m * stride) + stride
@@ -285,7 +288,8 @@ class Dream(NamedTuple):
 
 
 class Lived(NamedTuple):
-    """T + 1 real steps of B windows as the critic sees them, time first, and what came of T."""
+    """Real steps 0 .. T of B windows, time first: what the critic sees of all, and the outcomes of
+    all but the last."""
 
     z: Tensor  # (T + 1, B, K) indices of z_t
     d: Tensor  # (T + 1, B, D) d_{t-1}
@@ -566,7 +570,7 @@ class ActorCritic(nn.Module):
         """z_t (N, K), d_{t-1} (N, D) -> sampled actions (N,); nothing is ever greedy."""
         return sample(self.policy(self.features(z, d)))
 
-    def judge(self, features: Tensor, reward: Tensor, end: Tensor, cut: Tensor | None = None):
+    def critic_loss(self, features: Tensor, reward: Tensor, end: Tensor, cut: Tensor | None = None):
         """s_0 .. s_T (T + 1, N, F) and what came of T steps (T, N) -> the critic's loss (T, N), its
         values (T + 1, N) and the returns (T, N).
 
@@ -596,7 +600,7 @@ class ActorCritic(nn.Module):
         alive = torch.cumprod(1 - dream.end, 0)  # (T, N): after step t
         weight = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])  # (T, N): up to step t
 
-        critic_loss, value, returns = self.judge(features, dream.reward, dream.end)
+        critic_loss, value, returns = self.critic_loss(features, dream.reward, dream.end)
         scale = self.return_range.update(returns).clamp(min=1.0)
         advantage = (returns - value[:-1]) / scale
 
@@ -619,7 +623,7 @@ class ActorCritic(nn.Module):
             advantage=advantage.abs().mean(),
         )
         if lived is not None:
-            real_loss, real_value, real_returns = self.judge(
+            real_loss, real_value, real_returns = self.critic_loss(
                 self.features(lived.z, lived.d), lived.reward, lived.end, lived.cut)
             total = total + self.replay_critic * real_loss.mean()
             metrics |= dict(replay_critic_loss=real_loss.mean(), replay_value=real_value.mean(),

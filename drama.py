@@ -97,7 +97,7 @@ class Settings:
     threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0, high=1024)
     precision: str = setting("auto", "of large products; auto: bfloat16 where that is faster",
                              choices=("auto", "float32", "bfloat16"))
-    graphs: bool = setting(True, "launch each phase as one CUDA graph; elsewhere there are none")
+    graphs: bool = setting(False, "on CUDA, launch each phase as one graph; no GPU has tried it")
     replay_device: str = setting("auto", "where frames are kept; auto: as device", choices=DEVICES)
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
@@ -537,8 +537,8 @@ class Run:
 
     def autocast(self):
         """Large products in bfloat16 where settled so; scans and losses stay in float32."""
-        half = self.settings.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        wanted = self.settings.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
 
 # ---------------------------------------------------------------- training
@@ -557,13 +557,13 @@ def gradient(optimizer, loss, clip: float):
     return norm, torch.isfinite(loss.detach() + norm)
 
 
-def take_step(module, optimizer, finite: Tensor, before: list, progress: float, step) -> bool:
-    """Call `step` if the gradients are finite; else put back the module's buffers of `before`.
+def take_step(module, optimizer, finite: Tensor, old_buffers: list, progress: float, step) -> bool:
+    """Call `step` if the gradients are finite; else put back the buffers that the loss changed.
 
     `progress` scales the rates while they warm up.
     """
     if not finite:  # the one wait for the device
-        for buffer, value in zip(module.buffers(), before):
+        for buffer, value in zip(module.buffers(), old_buffers):
             buffer.copy_(value)
         return False
     for group in optimizer.param_groups:
@@ -572,23 +572,32 @@ def take_step(module, optimizer, finite: Tensor, before: list, progress: float, 
     return True
 
 
-# One update is five phases of fixed shapes, in which nothing waits for the device.
+# One update is five phases of fixed shapes, in which nothing waits for the device. Between gradient
+# and step the host must see that all is finite: there a CUDA graph has to end.
 
 
 def world_gradient(run: Run, batch: Batch):
     """Phase 1: loss and gradients of the world model, and the latents just drawn."""
-    before = [buffer.clone() for buffer in run.model.buffers()]
+    old_buffers = [buffer.clone() for buffer in run.model.buffers()]
     run.model.train()  # input statistics change here and nowhere else (D6)
     with run.autocast():
         loss, metrics, z = run.model.loss(batch)
     norm, finite = gradient(run.model_optimizer, loss, run.settings.model_clip)
     run.model.eval()
-    return z, metrics | dict(model_norm=norm), finite, before
+    return z, metrics | dict(model_norm=norm), finite, old_buffers
 
 
 def world_step(run: Run):
     """Phase 2."""
     run.model_optimizer.step()
+
+
+def learn_world(run: Run, batch: Batch, progress: float):
+    """One update of the world model -> (latents just drawn, metrics, whether it was taken)."""
+    z, metrics, finite, old_buffers = run.phase(world_gradient, batch)
+    taken = take_step(run.model, run.model_optimizer, finite, old_buffers, progress,
+                      lambda: run.phase(world_step, rates_settled=progress == 1))
+    return z, metrics, taken
 
 
 @torch.no_grad()
@@ -607,11 +616,11 @@ def imagine(run: Run, batch: Batch, z) -> tuple[Dream] | tuple[Dream, Lived]:
 
 def agent_gradient(run: Run, *seen):
     """Phase 4: loss and gradients of actor and critic, from what phase 3 returned."""
-    before = [buffer.clone() for buffer in run.agent.buffers()]
+    old_buffers = [buffer.clone() for buffer in run.agent.buffers()]
     with run.autocast():
         loss, metrics = run.agent.loss(*seen)
     norm, finite = gradient(run.agent_optimizer, loss, run.settings.agent_clip)
-    return metrics | dict(agent_norm=norm), finite, before
+    return metrics | dict(agent_norm=norm), finite, old_buffers
 
 
 def agent_step(run: Run):
@@ -620,18 +629,10 @@ def agent_step(run: Run):
     run.agent.update_slow_critic()
 
 
-def learn_world(run: Run, batch: Batch, progress: float):
-    """One update of the world model -> (latents just drawn, metrics, whether it was taken)."""
-    z, metrics, finite, before = run.phase(world_gradient, batch)
-    taken = take_step(run.model, run.model_optimizer, finite, before, progress,
-                      lambda: run.phase(world_step, rates_settled=progress == 1))
-    return z, metrics, taken
-
-
 def learn_to_act(run: Run, seen: tuple, progress: float):
     """One update of actor and critic, from what `imagine` returned -> (metrics, was it taken)."""
-    metrics, finite, before = run.phase(agent_gradient, *seen)
-    taken = take_step(run.agent, run.agent_optimizer, finite, before, progress,
+    metrics, finite, old_buffers = run.phase(agent_gradient, *seen)
+    taken = take_step(run.agent, run.agent_optimizer, finite, old_buffers, progress,
                       lambda: run.phase(agent_step, rates_settled=progress == 1))
     return metrics, taken
 
@@ -785,7 +786,7 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
     """Where the time goes: medians, arithmetic and its share of what a large product reaches."""
     run = Run(s, device)
     rng, times, work = np.random.default_rng(0), {}, {}
-    half = torch.bfloat16 if s.precision == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if s.precision == "bfloat16" else torch.float32
 
     def wait():
         if device.type != "cpu":
@@ -804,19 +805,19 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
                 times.setdefault(name, []).append(time.perf_counter() - start)
         return result
 
-    def sample():
+    def draw_batches():
         batch = draw_windows(run, rng)
         return batch, draw_contexts(run, rng) if s.dream_from == "contexts" else batch
 
     run.replay.frame.random_()  # a full replay: what its frames show costs nothing
     run.replay.length = s.steps
-    matrix = torch.randn(PRODUCT, PRODUCT, device=device, dtype=half)
+    matrix = torch.randn(PRODUCT, PRODUCT, device=device, dtype=dtype)
     measure("large product", torch.mm, matrix, matrix)
     player = make_player(s, run.model, run.agent)
     frame, first = torch.from_numpy(run.frame).to(device), torch.tensor([False], device=device)
     measure("emulator", run.game.step, [0])
     measure("play", lambda: player.act(frame, first).item())
-    batch, contexts = measure("replay sampling", sample)
+    batch, contexts = measure("replay sampling", draw_batches)
     z, *_ = measure("model update", learn_world, run, batch, 1.0)
     seen = measure("dream", run.phase, imagine, contexts, z)
     measure("agent update", learn_to_act, run, seen, 1.0)
@@ -824,8 +825,8 @@ def bench(s: Settings, device: torch.device, repeats: int = 7):
     median = {name: float(np.median(each)) for name, each in times.items()}
     peak = work["large product"] / median["large product"]
     parts = ("replay sampling", "model update", "dream", "agent update")
-    for figures in (median, work):
-        figures["whole update"] = sum(figures[part] for part in parts)
+    for column in (median, work):
+        column["whole update"] = sum(column[part] for part in parts)
     print(f"{s.preset} on {device}, {s.precision}, {torch.get_num_threads()} threads, a replay of "
           f"{s.steps:,} steps; medians of {repeats}\n"
           f"{'phase':<16}{'ms':>10}{'GFLOP':>10}{'GFLOP/s':>10}{'of product':>12}")
@@ -957,10 +958,12 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, device, path: 
     if last:
         table["paper's protocol"] = f"{np.mean(last):.1f}, last {len(last)} training episodes"
     if s.game in SCORES:
-        random, human, paper, _ = SCORES[s.game]
+        random, human, *paper = SCORES[s.game]
+        paper = paper[s.sampling == "uniform"]
         if scores:
             table["human-normalised"] = f"{human_normalised(s.game, np.mean(scores)):.1f} %"
-        table["published Drama"] = f"{paper:g}, {human_normalised(s.game, paper):.1f} %"
+        table["published Drama"] = (f"{paper:g}, {human_normalised(s.game, paper):.1f} %, "
+                                    f"{s.sampling} sampling")
         table["random, human"] = f"{random:g}, {human:g}"
     print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
     if len(scores) < max(known, s.eval_episodes):  # ended early, or less than is known already
@@ -1521,10 +1524,10 @@ class Folder:
         try:
             signed = json.loads(path.read_bytes())
             content = signed["content"]
-            whole = sha256(json.dumps(content).encode()) == signed["sha256"]
+            intact = sha256(json.dumps(content).encode()) == signed["sha256"]
         except (ValueError, KeyError, TypeError, OSError):
-            whole = False
-        if not whole or content["step"] != step_of(path):
+            intact = False
+        if not intact or content["step"] != step_of(path):
             raise Damaged(f"{path.name} is damaged")
         if content["format"] > FORMAT:
             raise Mistake(f"{path} was written by a newer version of this program: use that one.")

@@ -665,6 +665,9 @@ class SequenceModel(nn.Module):
 # ---- python scan.py: are the scans right, and what do they cost? ---------------------------------
 
 
+SCANS = {"s6": (s6, s6_sequential), "ssd": (ssd, ssd_sequential)}  # parallel, by definition
+
+
 def example(kind, batch, length, width, device, N=16, P=64):
     """Inputs as they are in a fresh layer: step sizes around 0.02, decay rates from 1 to 16."""
     channels, rates = ((width,), (width, N)) if kind == "s6" else ((width // P, P), (width // P,))
@@ -687,8 +690,7 @@ def largest_error(kind, device):
     for length in (1, 63, 300):
         inputs, state = example(kind, 2, length, 128, device)
         reset = torch.rand(2, length, device=device) < 0.02
-        fast, slow = (forward_backward(globals()[name], inputs, state, reset)
-                      for name in (kind, f"{kind}_sequential"))
+        fast, slow = (forward_backward(scan, inputs, state, reset) for scan in SCANS[kind])
         errors += [((f - s).abs().max() / s.abs().max()).item() for f, s in zip(fast, slow)]
     return max(errors)
 
@@ -743,13 +745,13 @@ def main(tokens=16384, width=512):
     for kind in ("s6", "ssd"):
         for length in (64, 256, 1024, 4096, 16384):
             inputs, _ = example(kind, tokens // length, length, width, device)
-            run = functools.partial(forward_backward, globals()[kind], inputs)
+            run = functools.partial(forward_backward, SCANS[kind][0], inputs)
             took, memory = seconds(run, device), peak_megabytes(run, device)
             times = ""
             if length <= 256:
                 inputs, _ = example(kind, 1, length, width, device)
-                fast, slow = (seconds(functools.partial(forward_backward, globals()[name], inputs),
-                                      device) for name in (kind, f"{kind}_sequential"))
+                fast, slow = (seconds(functools.partial(forward_backward, scan, inputs), device)
+                              for scan in SCANS[kind])
                 times = f"{slow / fast:6.1f} times as fast"
             print(f"{kind:4} {tokens // length:6} x {length:<6} {1e3 * took:7.1f} "
                   f"{tokens / took:10,.0f} {memory:9.0f}   {times}")

@@ -1024,7 +1024,7 @@ def test_the_critic_learns_from_real_steps_but_not_across_a_cut():
     # R_2 = 3 + 0.5 * 40 = 23    R_1 = v_1 = 20    R_0 = 1 + 0.5 (0.75 * 20 + 0.25 * 20) = 11
     agent, cut = tiny_agent(gamma=0.5, lambda_=0.25), torch.tensor([[False], [True], [False]])
     agent.two_hot.mean = lambda logits: VALUE
-    loss, value, returns = agent.judge(torch.randn(4, 1, 32), REWARD, cut.float(), cut)
+    loss, value, returns = agent.critic_loss(torch.randn(4, 1, 32), REWARD, cut.float(), cut)
     assert returns.flatten().tolist() == [11.0, 20.0, 23.0] and torch.equal(value, VALUE)
     assert (loss != 0).flatten().tolist() == [True, False, True]
 
@@ -1729,7 +1729,7 @@ def test_ten_updates_in_a_row_that_are_not_finite_stop_the_run(fake, tmp_path, c
 
 CHANGED = dict(
     preset="debug", game="Pong", seed=3, steps=70, device="cpu", threads=1, precision="bfloat16",
-    graphs=False, replay_device="cpu", save_minutes=7.5, log_every=3, eval_episodes=1, warmup=33, train_every=5,
+    graphs=True, replay_device="cpu", save_minutes=7.5, log_every=3, eval_episodes=1, warmup=33, train_every=5,
     sampling="uniform", batch=3, length=6, channels=(4, 6), strides=(4, 4), kernel=(7, 4),
     groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
@@ -2491,7 +2491,7 @@ def test_a_run_from_graphs_is_the_run_without(flags, runs, tmp_path, monkeypatch
     monkeypatch.setattr(drama, "has_graphs", lambda s, device: s.graphs)
     monkeypatch.setattr(drama, "Graph", Replayed)
     monkeypatch.setattr(Replayed, "recorded", set())
-    assert command(tmp_path / "graphs", *flags) == 0
+    assert command(tmp_path / "graphs", "--graphs", *flags) == 0
     assert Replayed.recorded == PHASES
     plain, graphs = (digest([run.model.state_dict(), run.agent.state_dict(), run.sums,
                              run.player.state_dict(), run.replay.steps(0, run.step)])
