@@ -19,6 +19,7 @@ import ctypes
 import difflib
 import functools
 import hashlib
+import html
 import io
 import json
 import math
@@ -152,7 +153,7 @@ class Settings:
     agent_rate: float = setting(4e-5, "learning rate of actor and critic (code)")
     balance_rate: float = setting(1e-4, "learning rate of the loss weights: about 10 / updates (H)")
     warmup_updates: int = setting(1000, "updates over which the rates rise from 0 (code)")
-    eps: float = setting(1e-20, "epsilon of the optimiser (code)")
+    eps: float = setting(1e-20, "epsilon of the optimiser (code)", low=1e-30)
     model_clip: float = setting(1000.0, "largest gradient norm of the world model (paper)")
     agent_clip: float = setting(100.0, "largest gradient norm of actor and critic (paper)")
 
@@ -270,10 +271,13 @@ class Game:
     actions, no clipped rewards. Losing a life is terminal, for learning, but ends no episode.
     """
 
-    @staticmethod
-    def names() -> dict[str, str]:
+    FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator ends the process on them
+
+    @classmethod
+    def names(cls) -> dict[str, str]:
         """Title -> ROM: MsPacman -> ms_pacman."""
-        return {game_title(rom): rom for rom in sorted(ale_py.roms.get_all_rom_ids())}
+        roms = set(ale_py.roms.get_all_rom_ids()) - cls.FOR_TWO
+        return {game_title(rom): rom for rom in sorted(roms)}
 
     @classmethod
     def named(cls, text: str) -> str:
@@ -371,6 +375,8 @@ def episode_seeds(seed: int, episode: int, purpose: str, copies: int = 1) -> np.
 
 def pick_device(wanted: str, asked_by: str = "device") -> tuple[torch.device, str]:
     """The device that a setting asks for, and the reason in words."""
+    if wanted not in DEVICES:
+        raise Mistake(f"{flag(asked_by)} is one of {', '.join(DEVICES)}, not {wanted!r}.")
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     have = [name for name in there if there[name]]
     note = ""
@@ -1240,8 +1246,8 @@ def learning_curve(folder: Path) -> tuple[str, np.ndarray, list]:
         raise no_run(folder)
     with whole(settings, "the run writes it anew when it goes on"):
         game = json.loads(settings.read_bytes())["game"]
-    rows = table.read_text().splitlines()[1:] if table.exists() else []
     with whole(table, "the run writes it anew when it goes on"):  # but a half row may be its last
+        rows = table.read_text("utf-8").splitlines()[1:] if table.exists() else []
         points = np.array([row.split(",")[:2] for row in rows if row.count(",") > 2], float)
     if not len(points):
         raise Mistake(f"{folder} has not finished an episode yet.")
@@ -1261,7 +1267,7 @@ def curves(folders: list[Path], path: Path):
     write_file(path, (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height * len(panels)}" '
         f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
-        + "".join(parts) + "</svg>\n").encode())
+        + "".join(parts) + "</svg>\n").encode("utf-8", "replace"))
     print(f"training scores of {', '.join(map(str, folders))}: {path}")
 
 
@@ -1279,7 +1285,7 @@ def panel(game: str, runs: list, left=70, right=500, top=30, bottom=260) -> str:
 
     def text(x, y, words, **style):
         style = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in style.items())
-        return f'<text x="{x}" y="{y}"{style}>{words}</text>'
+        return f'<text x="{x}" y="{y}"{style}>{html.escape(words)}</text>'
 
     parts = [text(left, top - 12, game, font_weight="bold"),
              text((left + right) / 2, bottom + 32, "steps (4 frames each)", text_anchor="middle"),
@@ -1356,10 +1362,10 @@ def write_file(path: Path, data: bytes):
             file.flush()
             sync(file.fileno())
         rename(temporary, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):  # a full disk needs the room
             temporary.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     sync_folder(path.parent)
 
 
@@ -1369,7 +1375,7 @@ def sha256(data: bytes) -> str:
 
 def step_of(path: Path) -> int:
     """state-000500.pt -> 500"""
-    return int(path.stem.split("-")[1])
+    return int(re.search("[0-9]+", path.name)[0])
 
 
 def not_finite(values, name: str) -> list[str]:
@@ -1398,13 +1404,14 @@ class Folder:
         self.path, self.stop_asked, self.saved_step = path, False, 0
         self.chunks = {}  # replay files on the disk: name -> SHA-256
 
-    def numbered(self, pattern: str) -> list[Path]:
-        """Files with the number of a step in their names, newest first."""
-        found = [path for path in self.path.glob(pattern) if path.stem.split("-")[1].isdigit()]
+    def numbered(self, kind: str, suffix: str) -> list[Path]:
+        """Files such as save-000500.json, newest first. Copies under other names are not ours."""
+        name = re.compile(rf"{kind}-[0-9]{{6,}}{re.escape(suffix)}")
+        found = [path for path in self.path.glob(f"{kind}-*") if name.fullmatch(path.name)]
         return sorted(found, key=step_of, reverse=True)
 
     def manifests(self) -> list[Path]:
-        return self.numbered("save-*.json")
+        return self.numbered("save", ".json")
 
     def open_for_writing(self):
         """Make the folder if need be, and lock it: two processes would ruin each other's run."""
@@ -1483,7 +1490,8 @@ class Folder:
         if step >= PICTURE_STEPS:
             write_png(self.path / f"dream-{step:06d}.png", [picture_of(run)])
         kept = {f"{kind}-{number:06d}" for kind in ("save", "state") for number in (before, step)}
-        for path in self.manifests() + list(self.path.glob("state-*")):  # and half-written ones
+        half_written = self.numbered("state", ".pt.tmp") + self.numbered("save", ".json.tmp")
+        for path in self.manifests() + self.numbered("state", ".pt") + half_written:
             if path.stem not in kept:
                 path.unlink()
 
@@ -1491,7 +1499,7 @@ class Folder:
         """The newest save that is whole: manifest, state, replay files by name; all verified."""
         manifests = self.manifests()
         problems = [f"{path.name} has no manifest, as after a save cut short"
-                    for path in self.numbered("state-*.pt")
+                    for path in self.numbered("state", ".pt")
                     if manifests and step_of(path) > step_of(manifests[0])]
         for path in manifests:
             try:
@@ -1759,7 +1767,7 @@ def train_command(flags: dict):
     result = folder.path / f"evaluation-{s.steps:06d}.json"
     if resuming and manifest["step"] == s.steps and result.exists():
         _, scores = kept_evaluation(result)
-        if len(scores) >= flags.get("eval_episodes", 1):
+        if len(scores) >= s.eval_episodes:
             print(f"finished: mean score {np.mean(scores):.1f} of {len(scores)} episodes "
                   f"({result}). More --steps go on; --eval {folder.path} plays again.")
             return
@@ -1775,6 +1783,9 @@ def train_command(flags: dict):
                 write_file(folder.path / f"{name}.csv", text.encode())
         else:
             folder.open_for_writing()
+            if folder.manifests():
+                raise Mistake(f"another process began a run in {folder.path} meanwhile: type the "
+                              "same command again to go on with it.")
             folder.save(run)
         introduce(run, why, folder.path)
         with stoppable(folder):
@@ -1813,6 +1824,9 @@ def play_command(flags: dict, kind: str):
         evaluate_and_report(s, player, state, device, path / f"evaluation-{name}.json")
 
 
+NOT_FOR_BENCH = ("run", "act_on", "save_minutes", "log_every", "eval_episodes", "warmup_updates")
+
+
 def reason(error: Exception) -> str:
     """An error without its number."""
     named = isinstance(error, OSError) and error.strerror and error.filename
@@ -1827,6 +1841,9 @@ def out_of_memory(error: Exception) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):  # a name that they cannot spell must not end a run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         flags = parse_arguments(sys.argv[1:] if argv is None else argv)
         if flags.pop("list_games", False):
@@ -1839,7 +1856,7 @@ def main(argv: list[str] | None = None) -> int:
             refuse(flags, "--curves takes all from the runs")
             curves(folders, Path("curves.svg"))
         elif flags.pop("bench", False):
-            refuse({name: flags[name] for name in ("run", "act_on") if name in flags},
+            refuse({name: value for name, value in flags.items() if name in NOT_FOR_BENCH},
                    "--bench makes no run")
             s, device, _ = new_settings(flags)
             bench(s, device)

@@ -1693,6 +1693,39 @@ def test_the_same_command_goes_on_with_precision_left_to_the_machine(fake, tmp_p
     assert command(tmp_path / "run", "--precision", "auto") == 0
 
 
+def test_a_save_deletes_nothing_that_the_user_put_there(fake, tmp_path):
+    assert command(tmp_path / "run") == 0
+    own = ["state-000064.pt.bak", "save-000064-copy.json", "state-good.pt", "save-\u00b2.json"]
+    for name in own:
+        (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run" / "state-old").mkdir()
+    assert command(tmp_path / "run", "--steps", "80") == 0
+    assert all((tmp_path / "run" / name).read_text() == "mine" for name in own)
+
+
+def test_an_evaluation_of_fewer_episodes_does_not_finish_a_run(fake, tmp_path):
+    assert command(tmp_path / "run", "--eval-episodes", "2") == 0
+    kept = tmp_path / "run" / "evaluation-000064.json"
+    kept.unlink()
+    assert drama.main(["--eval", str(tmp_path / "run"), "--eval-episodes", "1"]) == 0
+    assert drama.main(["--run", str(tmp_path / "run")]) == 0
+    assert len(json.loads(kept.read_text())["scores"]) == 2
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(fake, tmp_path, capsys):
+    class Slow(drama.Run):
+        def __init__(self, *args):
+            super().__init__(*args)
+            if not (tmp_path / "run").exists():
+                fake.setattr(drama, "Run", Slow.__base__)
+                assert command(tmp_path / "run") == 0
+
+    fake.setattr(drama, "Run", Slow)
+    assert command(tmp_path / "run") == 2
+    assert "meanwhile" in capsys.readouterr().err
+    assert drama.Folder(tmp_path / "run").manifests()[0].name == "save-000064.json"
+
+
 def test_a_stopped_run_gives_the_signals_back(fake, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     interrupt_at(fake, 10)
@@ -1788,6 +1821,7 @@ def test_list_games(capsys):
     names = capsys.readouterr().out.split()
     assert {"Breakout", "MsPacman", "KungFuMaster", "Pong"} | set(drama.SCORES) <= set(names)
     assert names == sorted(names)
+    assert not {"Combat", "Joust", "MazeCraze", "Warlords"} & {*names}  # they would end the process
 
 
 def test_without_a_preset_the_laptop_gets_its_own(monkeypatch):
@@ -1916,6 +1950,8 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--backbone mamba --head-dim 8", "--head-dim belongs to --backbone mamba2"),
     ("--no-balance --balance-rate 1", "--balance-rate belongs to --balance"),
     (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"),
+    ("--eps 0", "--eps"), ("--device cuda:0", "--device is one of"),
+    ("--bench --log-every 7", "leave out --"), ("--game Combat", "no game"),
     ("--threads 99999999999999", "--threads"), ("--eval-episodes 99999999999", "--eval-episodes"),
     ("--list-games", "leave out --"), ("--bench --list-games", "--list-games"),
 ])  # fmt: skip
@@ -2240,7 +2276,7 @@ def drawable(folder, game="Dot", rows=("100,0,100,", "200,10,100,", "400,20,200,
 def test_curves_are_drawn_where_the_scores_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(drama, "SMOOTH", 2)
-    runs = [drawable(tmp_path / "a"), drawable(tmp_path / "b", "Breakout", ["50,30,50,100", "60,"],
+    runs = [drawable(tmp_path / "a"), drawable(tmp_path / "b & <c>", "Breakout", ["50,30,50,100", "60,"],
                                               model_rate=0.5)]
     for name, scores in (("000400", [10, 20]), ("000400-prior", [3, 3])):
         report = json.dumps(dict(step=400, scores=scores))
@@ -2257,7 +2293,7 @@ def test_curves_are_drawn_where_the_scores_are(tmp_path, monkeypatch):
     assert "a" in words  # a run goes by the name of its folder
     words = {e.text for e in breakout.iter() if e.tag.endswith("text")}
     assert {"Breakout", "random 2", "human 30", "published Drama 7",
-            "b"} <= words
+            "b & <c>"} <= words
     assert sum(e.tag.endswith("circle") for e in breakout.iter()) == 1  # the other row is half written
 
 
