@@ -650,6 +650,8 @@ class Player:
 
     def __init__(self, model: WorldModel, agent: ActorCritic, games: int, oldest: int,
                  act_on: str = "posterior"):
+        if act_on not in ("posterior", "prior"):
+            raise ValueError(f"act_on is posterior or prior, not {act_on!r}")
         self.model, self.agent, self.act_on = model, agent, act_on
         self.half = max(1, oldest // 2)
         self.state = model.sequence.initial_state(games)

@@ -40,6 +40,8 @@ from typing import NamedTuple
 # to spin, they double or triple an update as soon as another program wants a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded just ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ale_py
 import numpy as np
@@ -978,6 +980,9 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, device, path: 
         result = dict(game=s.game, preset=s.preset, seed=s.seed, step=state["step"], scores=scores,
                       act_on=player.act_on, last_training_scores=last)
         write_file(path, json.dumps(result, indent=1).encode())
+    if len(scores) < s.eval_episodes:
+        print("  the same command evaluates again")
+        raise SystemExit(130)
 
 
 FILM_SPEED = 15  # steps a second: the console drew 60 frames
@@ -1589,7 +1594,7 @@ def restore(run: Run, state: dict, chunks: dict[str, bytes]):
 def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "posterior", **changes):
     """Settings, with `changes`, player and saved state of a run folder: all one needs to play."""
     manifest, state, _ = Folder(Path(path)).load(with_replay=False)
-    s, (device, _) = replace(settings_of(manifest), **changes), pick_device(device)
+    s, (device, _) = replace(settings_of(manifest), **changes), pick_device(str(device))
     model, agent = build_networks(s, Game(s.game).actions, device)
     model.load_state_dict(state["learning"]["model"])
     agent.load_state_dict(state["learning"]["agent"])
@@ -1754,6 +1759,8 @@ def stoppable(folder: Folder):
 
 
 def train_command(flags: dict):
+    if flags.get("run") == "":
+        raise Mistake("--run names no folder: is a variable empty?")
     title = Game.named(flags.get("game", Settings.game))
     folder = Folder(Path(flags.pop("run", f"runs/{title}-s{flags.get('seed', 0)}")))
     resuming = bool(folder.manifests())
@@ -1883,4 +1890,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

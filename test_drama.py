@@ -1950,7 +1950,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--backbone mamba --head-dim 8", "--head-dim belongs to --backbone mamba2"),
     ("--no-balance --balance-rate 1", "--balance-rate belongs to --balance"),
     (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"),
-    ("--eps 0", "--eps"), ("--device cuda:0", "--device is one of"),
+    ("--run=", "--run names no folder"), ("--eps 0", "--eps"), ("--device cuda:0", "--device is one of"),
     ("--bench --log-every 7", "leave out --"), ("--game Combat", "no game"),
     ("--threads 99999999999999", "--threads"), ("--eval-episodes 99999999999", "--eval-episodes"),
     ("--list-games", "leave out --"), ("--bench --list-games", "--list-games"),
@@ -2121,6 +2121,22 @@ def test_load_player_acts_without_the_loop(run_folder):
     s, player, _ = drama.load_player(run_folder, games=2)
     action = player.act(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.tensor([True, True]))
     assert action.shape == (2,) and s.game == "Breakout"
+    with pytest.raises(ValueError, match="act_on"):
+        drama.load_player(run_folder, act_on="Prior")
+
+
+def test_an_evaluation_ended_early_keeps_nothing_and_says_so(run_folder, fake, capsys):
+    def interrupted(*args):
+        yield from itertools.islice(real(*args), 2)
+        raise KeyboardInterrupt
+
+    before, real = contents(run_folder), drama.play
+    fake.setattr(drama, "play", interrupted)
+    with pytest.raises(SystemExit) as end:
+        drama.main(["--eval", str(run_folder), "--eval-episodes", "2"])
+    out = capsys.readouterr().out
+    assert end.value.code == 130 and "not kept" in out and "evaluates again" in out
+    assert contents(run_folder) == before
 
 
 # What the model has learnt

@@ -12,6 +12,7 @@ A row of compare-GAME.csv is one trained model; rows that are there are not made
 
 import argparse
 import csv
+import io
 import sys
 import time
 from pathlib import Path
@@ -84,13 +85,19 @@ def judge(run: drama.Run, held_out, spans) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("game", type=drama.Game.named)
+    parser.add_argument("game")
     parser.add_argument("variants", nargs="*", help="of " + ", ".join(VARIANTS))
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()
+    asked.game = drama.Game.named(asked.game)
+    if unknown := set(asked.variants) - set(VARIANTS):
+        raise drama.Mistake(f"{min(unknown)!r} is none of {', '.join(VARIANTS)}.")
+    for name in ("updates", "seeds", "threads"):
+        if getattr(asked, name) < 1:
+            raise drama.Mistake(f"--{name} must be 1 or more.")
     torch.set_num_threads(asked.threads)
     drama.keep_freed_memory()
     path = Path(__file__).parent / f"compare-{asked.game}.csv"
@@ -115,11 +122,16 @@ def main():
             row = key | dict(seconds=round(time.monotonic() - clock))
             row |= {name: f"{value:.5g}" for name, value in judge(run, held_out, spans).items()}
             table.append(row)
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                writer.writeheader()
-                writer.writerows(table)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, dict.fromkeys(name for row in table for name in row))
+            writer.writeheader()
+            writer.writerows(table)
+            drama.write_file(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except drama.Mistake as mistake:
+        print(f"compare.py: {mistake}", file=sys.stderr)
+        sys.exit(2)
