@@ -194,8 +194,6 @@ PRESETS = {
 }
 MAY_CHANGE = ("steps", "device", "threads", "graphs", "replay_device", "save_minutes",
               "eval_episodes")
-
-
 # A setting that means nothing unless another one has this value
 BELONGS = dict(tau=("sampling", "dfs"), head_dim=("backbone", "mamba2"),
                balance_rate=("balance", True), context=("dream_from", "contexts"),
