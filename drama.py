@@ -73,7 +73,7 @@ class Stopped(Exception):
     """A run that cannot go on, and why. Exit code 1."""
 
 
-def setting(default, help: str, low=None, high=math.inf, choices=()):
+def setting(default, help: str, low=None, high=10**6, choices=()):
     """A field with its help and its bounds; whole numbers are 1 or more, others 0 or more."""
     low = (1 if isinstance(default, (int, tuple)) else 0) if low is None else low
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
@@ -94,8 +94,10 @@ class Settings:
     preset: str = setting("paper", "settings to start from; if left out, laptop without CUDA",
                           choices=("paper", "best", "laptop", "debug"))
     game: str = setting("Breakout", "game, in any usual spelling")
-    seed: int = setting(0, "seed of the game, of the first actions and of all else", low=0)
-    steps: int = setting(100_000, "length of the run, agent steps of 4 frames (Atari 100k)")
+    seed: int = setting(0, "seed of the game, of the first actions and of all else", low=0,
+                        high=10**18)
+    steps: int = setting(100_000, "length of the run, agent steps of 4 frames (Atari 100k)",
+                         high=10**12)
     device: str = setting("auto", "where to learn", choices=DEVICES)
     threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0, high=1024)
     precision: str = setting("auto", "of large products; auto: bfloat16 where that is faster",
@@ -227,9 +229,8 @@ def check(s: Settings):
                 raise Mistake(f"{flag(f.name)} is one of {', '.join(choices)}, not {value!r}{hint}")
         elif not isinstance(value, (str, bool)):
             for number in value if isinstance(value, tuple) else (value,):
-                if not (low <= number <= high and math.isfinite(number)):
-                    bounds = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-                    raise Mistake(f"{flag(f.name)} must be {bounds}, not {number}.")
+                if not low <= number <= high:
+                    raise Mistake(f"{flag(f.name)} must be from {low} to {high}, not {number}.")
     if s.steps <= s.warmup:
         raise Mistake(f"--steps {s.steps} leaves nothing to learn after the random steps of "
                       f"--warmup: give more than {s.warmup}.")
@@ -1406,6 +1407,7 @@ class Folder:
     def __init__(self, path: Path):
         self.path, self.stop_asked, self.saved_step = path, False, 0
         self.chunks = {}  # replay files on the disk: name -> SHA-256
+        self.unwritten = dict(metrics="", episodes="")  # rows that found their table locked
 
     def numbered(self, kind: str, suffix: str) -> list[Path]:
         """Files such as save-000500.json, newest first. Copies under other names are not ours."""
@@ -1422,7 +1424,7 @@ class Folder:
             raise Mistake(f"{self.path} is a file: --run wants a folder.")
         if self.path.is_dir() and not self.manifests():
             others = sorted(p.name for p in self.path.iterdir()
-                            if not re.fullmatch(r"lock|state-.*|.*\.tmp", p.name))
+                            if not re.fullmatch(r"lock|state-.*|.*\.tmp|\..*", p.name))
             if others:
                 raise Mistake(f"{self.path} holds other things ({', '.join(others[:3])}) and no "
                               "save: give --run an empty or a new folder.")
@@ -1461,8 +1463,14 @@ class Folder:
         if not run.logs[name]:
             line = ",".join(row) + "\n" + line
         run.logs[name] += line
-        with open(self.path / f"{name}.csv", "a") as file:
-            file.write(line)
+        self.unwritten[name] += line
+        try:
+            with open(self.path / f"{name}.csv", "a") as file:
+                file.write(self.unwritten[name])
+            self.unwritten[name] = ""
+        except PermissionError:  # on Windows, while a spreadsheet shows it: with the next row, then
+            if os.name == "posix":
+                raise
 
     def save(self, run: Run):
         """Replay files, state, manifest, in this order; then drop what the last two do not need."""
@@ -1519,7 +1527,8 @@ class Folder:
             return manifest, torch.load(io.BytesIO(state), "cpu", weights_only=True), files
         if problems:
             raise Mistake(f"no whole save is left in {self.path}: "
-                          f"{'; '.join(dict.fromkeys(problems))}.")
+                          f"{'; '.join(dict.fromkeys(problems))}: put the files back from a copy, "
+                          "or start over in another folder.")
         raise no_run(self.path)
 
     def read(self, name: str, digest: str) -> bytes:
@@ -1773,7 +1782,7 @@ def train_command(flags: dict):
     if resuming and manifest["step"] == s.steps and result.exists():
         _, scores = kept_evaluation(result)
         if len(scores) >= s.eval_episodes:
-            print(f"finished: mean score {np.mean(scores):.1f} of {len(scores)} episodes "
+            print(f"finished: mean score {np.mean(scores):.1f}, episodes: {len(scores)} "
                   f"({result}). More --steps go on; --eval {folder.path} plays again.")
             return
     run = Run(s, device)

@@ -22,6 +22,7 @@ SSMs" (arXiv 2405.21060), section 6. Parameters are named as in their reference 
 import functools
 import itertools
 import math
+import os
 import statistics
 import time
 from typing import NamedTuple
@@ -719,6 +720,7 @@ def peak_megabytes(run, device):
         before = torch.mps.driver_allocated_memory()
         run()
         return (torch.mps.driver_allocated_memory() - before) / 2 ** 20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler talks into the table
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     changes = sorted((event.start_ns(), event.nbytes())

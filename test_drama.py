@@ -1940,7 +1940,8 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--device tpu", "--device.*cpu"), (f"--device {ABSENT}", ABSENT), ("--game Pongg", "Pong"),
     ("--batch 100 --dreams 100", "--batch 100.*17"), ("--steps 100000000000", "GiB"),
     ("--gamma 1.5", "--gamma"),
-    ("--gamma nan", "--gamma"), ("--model-rate -1", "--model-rate"), ("--horizon 0", "--horizon"),
+    ("--free-nats 1e39", "--free-nats must be from 0 to"), ("--layers 1" + 20 * "0", "--layers must be from 1 to"),
+    ("--seed 9" + 20 * "9", "--seed"), ("--tau inf", "--tau"), ("--gamma nan", "--gamma"), ("--model-rate -1", "--model-rate"), ("--horizon 0", "--horizon"),
     ("--channels 4,x", "x"), ("--strides 2,2", "--strides"), ("--head-dim 7", "--head-dim"),
     ("--dreams 3", "--dreams 3"), ("--context 4", "--context"), ("--backbone gru", "mamba2"),
     ("--dream-from contexts --dreams 99", "--dreams 99"), ("--act-on prior", "--eval"),
@@ -2047,7 +2048,7 @@ def test_a_folder_in_use_is_refused(run_folder, capsys):
 
 def test_a_run_killed_within_its_first_save_begins_again(fake, tmp_path):
     (tmp_path / "run").mkdir()
-    for name in ("lock", "state-000000.pt", "save-000000.json.tmp"):
+    for name in ("lock", "state-000000.pt", "save-000000.json.tmp", ".DS_Store"):
         (tmp_path / "run" / name).write_text("half")
     assert command(tmp_path / "run") == 0
 
@@ -2085,8 +2086,9 @@ def test_a_damaged_replay_is_refused_but_the_agent_still_plays(run_folder, capsy
 def test_a_folder_with_no_whole_save_is_refused(run_folder, capsys):
     for path in run_folder.glob("state-*.pt"):
         flip(path)
-    refused(capsys, run_folder, [*TINY, "--run", str(run_folder)], "state-000064.pt is damaged")
-    refused(capsys, run_folder, ["--eval", str(run_folder)], "state-000064.pt is damaged")
+    says = "state-000064.pt is damaged.*put the files back.*or start over"
+    refused(capsys, run_folder, [*TINY, "--run", str(run_folder)], says)
+    refused(capsys, run_folder, ["--eval", str(run_folder)], says)
 
 
 def test_the_newest_save_is_found_beyond_a_million_steps(tmp_path):
@@ -3191,6 +3193,25 @@ def test_a_file_that_another_program_holds_is_tried_again(tmp_path, monkeypatch)
     assert pauses == [0.1] and replace is not os.replace
     monkeypatch.setattr(drama.os, "name", "posix")
     assert (tmp_path / "b").read_text() == "data"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows is the one that needs it")
+def test_rows_that_find_their_table_locked_come_with_the_next(tmp_path, monkeypatch):
+    folder, run = drama.Folder(tmp_path), types.SimpleNamespace(logs=dict(metrics="", episodes=""))
+    folder.append(run, "episodes", dict(step=1, score=0.5))
+
+    def locked(*_):
+        raise PermissionError("open in a spreadsheet")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drama, "open", locked, raising=False)
+        with pytest.raises(PermissionError):
+            folder.append(run, "episodes", dict(step=2, score=1.5))
+        patch.setattr(drama.os, "name", "nt")
+        folder.append(run, "episodes", dict(step=3, score=2.5))
+    folder.append(run, "episodes", dict(step=4, score=3.5))
+    assert (tmp_path / "episodes.csv").read_text() == run.logs["episodes"]
+    assert run.logs["episodes"] == "step,score\n1,0.5\n2,1.5\n3,2.5\n4,3.5\n"
 
 
 # Numbers that are not
