@@ -1684,7 +1684,7 @@ def test_a_finished_runs_command_changes_nothing_and_says_its_score(fake, tmp_pa
     capsys.readouterr()
     assert command(tmp_path / "run") == 0
     out = capsys.readouterr().out
-    assert f"mean score {score:.1f} of 1 episode" in out and "resuming" not in out
+    assert f"mean score {score:.1f}, episodes: 1 (" in out and "resuming" not in out
     assert contents(tmp_path) == before
 
 
