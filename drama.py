@@ -1783,7 +1783,8 @@ def train_command(flags: dict):
         _, scores = kept_evaluation(result)
         if len(scores) >= s.eval_episodes:
             print(f"finished: mean score {np.mean(scores):.1f}, episodes: {len(scores)} "
-                  f"({result}). More --steps go on; --eval {folder.path} plays again.")
+                  f"({result}). More --steps go on; --eval {folder.path} --eval-episodes N "
+                  "plays more.")
             return
     run = Run(s, device)
     if resuming:
