@@ -10,8 +10,8 @@ world model, and how often it has started a dream. Windows are drawn without rep
     to train the world model    p = softmax(-trained / tau)
     to dream from               p = softmax(min(0, trained - dreamed) / tau)
 
-so the model catches up on what is new, and the actor dreams where the model has been trained. (An
-agent that dreams on from the model's own batch needs the first alone.)
+so the model catches up on what is new, and the actor dreams where the model has been trained; an
+agent that dreams on from the model's own batch needs the first alone.
 tau is in draws: a window drawn tau times more than another is e times less likely to come next;
 tau = infinity is uniform sampling. `trained` and `dreamed` are compared in like units: a step
 draws more dreams than training windows, so `dreamed` counts in shares of that ratio.
