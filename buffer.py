@@ -1,4 +1,4 @@
-"""Replay: every step of the run, and which of them to learn from next.
+"""All that is remembered: the steps of a run, which of them to learn from next, the run on the disk.
 
 The replay is append-only and as large as the run: nothing is ever overwritten, so a position is a
 step's name for good and a window of `length` consecutive positions is consecutive in time (D17).
@@ -12,28 +12,79 @@ world model, and how often it has started a dream. Windows are drawn without rep
 
 so the model catches up on what is new, and the actor dreams where the model has been trained; an
 agent that dreams on from the model's own batch needs the first alone.
-tau is in draws: a window drawn tau times more than another is e times less likely to come next;
-tau = infinity is uniform sampling. `trained` and `dreamed` are compared in like units: a step
-draws more dreams than training windows, so `dreamed` counts in shares of that ratio.
+tau is in draws: a window drawn tau times more than another is e times less likely to come next.
+`trained` and `dreamed` are compared in like units: a step draws more dreams than training windows,
+so `dreamed` counts in shares of that ratio.
 
-Read next: agent.py, which learns from the batches, and drama.py, which fills and draws.
+The second half, the run folder, may be skipped. It knows nothing of games and networks: a state is
+nested containers of tensors and numbers. Read next: agent.py, which learns from the batches.
 """
 
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path, tree_map
+
+if os.name == "posix":
+    import fcntl
+else:
+    import msvcrt
+
+# ---------------------------------------------------------------- replay
 
 
-def training_score(trained, tau):
-    """Log-probability, up to a constant, of a window to train on (paper, section 2.4)."""
-    return -trained / tau
+class Mistake(Exception):
+    """Bad input: one sentence that says what was wrong and what to do. Exit code 2."""
 
 
-def dreaming_score(trained, dreamed, tau):
-    """Log-probability, up to a constant, of a window to dream from (paper, section 2.4)."""
-    return np.minimum(0, trained - dreamed) / tau
+class Stopped(Exception):
+    """A run that cannot go on, and why. Exit code 1."""
+
+
+SCHEMA = dict(  # name = shape of a step, dtype kept, dtype in a batch
+    frame=((64, 64, 3), torch.uint8, torch.uint8),  # O_t
+    action=((), torch.int32, torch.int64),  # a_t, taken on seeing O_t
+    reward=((), torch.float32, torch.float32),  # r_t, what a_t earned
+    terminal=((), torch.bool, torch.float32),  # e_t: a_t ended the life
+    first=((), torch.bool, torch.bool),  # O_t opens an episode
+)
+# Windows of consecutive steps: a tensor (B, L, *shape) for every name in the schema
+Batch = NamedTuple("Batch", [(name, Tensor) for name in SCHEMA])
+
+
+def dfs(trained: np.ndarray, dreamed: np.ndarray | None, tau: float) -> np.ndarray:
+    """Log-probability, up to a constant, of every window to be drawn next; to train on if
+    `dreamed` is None, else to dream from (paper, section 2.4)."""
+    return (-trained if dreamed is None else np.minimum(0, trained - dreamed)) / tau
+
+
+def uniform(trained: np.ndarray, dreamed: np.ndarray | None, tau: float) -> np.ndarray:
+    """The paper's ablation: every window alike."""
+    return np.zeros(len(trained))
+
+
+SAMPLERS = {"dfs": dfs, "uniform": uniform}  # one of yours: a function like these, and its name
 
 
 def draw(score: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -47,97 +98,493 @@ def draw(score: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.argpartition(-(score + noise), count - 1)[:count]
 
 
-class Batch(NamedTuple):
-    """Windows of consecutive steps; row t holds a frame and what was done and earned there."""
-
-    frame: Tensor  # (B, L, size, size, 3) uint8: O_t
-    action: Tensor  # (B, L) int64: a_t, taken on seeing O_t
-    reward: Tensor  # (B, L) float32: r_t, what a_t earned
-    terminal: Tensor  # (B, L) float32: 1 where a_t ended the life
-    first: Tensor  # (B, L) bool: O_t opens an episode
+MPS_LIMIT = 2**31  # bytes: rows beyond it, torch 2.13 gathers as zeros on MPS, without a word
 
 
 class Replay:
-    """All steps of a run: frames in one uint8 tensor on `device`, the rest in numpy on the host."""
+    """All steps of a run, in tensors on the host; only frames, the bulk, may be on a `device`."""
 
-    def __init__(self, capacity: int, size: int = 64, device="cpu"):
-        self.frame = torch.empty((capacity, size, size, 3), dtype=torch.uint8, device=device)
-        self.action = np.zeros(capacity, np.int32)
-        self.reward = np.zeros(capacity, np.float32)
-        self.terminal = np.zeros(capacity, bool)
-        self.first = np.zeros(capacity, bool)
-        self.trained = np.zeros(capacity, np.int32)
-        self.dreamed = np.zeros(capacity, np.int32)
+    COUNTERS = ("trained", "dreamed")
+
+    def __init__(self, capacity: int, device="cpu", schema=SCHEMA):
+        self.capacity, self.schema = capacity, schema
         self.length = 0  # steps held
+        self.columns = {
+            name: torch.empty((capacity, *shape), dtype=kept, device=device if shape else "cpu")
+            for name, (shape, kept, _) in schema.items()}
+        self.trained, self.dreamed = np.zeros(capacity, np.int32), np.zeros(capacity, np.int32)
 
     @staticmethod
-    def bytes_needed(capacity: int, size: int = 64) -> int:
+    def bytes_needed(capacity: int) -> int:
         """Memory of the frames, in bytes; all else together is a thousandth of it."""
-        return capacity * size * size * 3
+        return capacity * 64 * 64 * 3
 
-    def add(self, frame: np.ndarray, action: int, reward: float, terminal: bool, first: bool):
-        """Append one step: a frame (size, size, 3) and what came of the action taken on it."""
-        if self.length == len(self.action):
+    @staticmethod
+    def place(capacity: int, device: torch.device, asked: torch.device | None) -> torch.device:
+        """Where to keep the frames of a run on `device`: as `asked`, or there too if it can be."""
+        need, have = Replay.bytes_needed(capacity), math.inf  # where the system does not tell
+        if device.type == "mps" and need >= MPS_LIMIT:
+            device = torch.device("cpu")
+        where = asked or device
+        if where.type == "mps":
+            have = MPS_LIMIT
+        elif where.type == "cuda":
+            have = torch.cuda.mem_get_info()[0]
+        elif hasattr(os, "sysconf"):
+            have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need > 0.9 * have:
+            hint = ", or try --replay-device cpu" if where.type != "cpu" else ""
+            raise Mistake(f"the replay of --steps {capacity} takes {need / 2**30:.1f} GiB, and "
+                          f"{where} has {have / 2**30:.1f}: ask for fewer{hint}.")
+        return where
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A column of the steps held, such as replay["reward"]: (length, *shape)."""
+        return self.columns[name][: self.length]
+
+    def add(self, **step):
+        """Append one step: a value for every name in the schema."""
+        if self.length == self.capacity:
             raise IndexError(f"the replay is full: it was made for {self.length} steps")
-        step = self.length
-        self.frame[step] = torch.from_numpy(frame)
-        self.action[step], self.reward[step] = action, reward
-        self.terminal[step], self.first[step] = terminal, first
-        self.length = step + 1
+        for name, column in self.columns.items():
+            column[self.length] = torch.as_tensor(step[name])
+        self.length += 1
 
-    def training_windows(self, count: int, length: int, tau: float, rng) -> np.ndarray:
-        """Draw and count `count` starts of windows for the world model."""
-        trained = self.trained[: self.length - length + 1]
-        starts = draw(training_score(trained, tau), count, rng)
-        self.trained[starts] += 1
-        return starts
-
-    def dreaming_windows(self, count: int, length: int, tau: float, rng, ratio: float):
-        """Draw and count `count` starts of contexts; `ratio` is contexts per training window."""
-        trained = self.trained[: self.length - length + 1]
-        dreamed = self.dreamed[: self.length - length + 1]
-        starts = draw(dreaming_score(trained, dreamed / ratio, tau), count, rng)
-        self.dreamed[starts] += 1
+    def draw(self, count: int, length: int, sampler, tau: float, rng: np.random.Generator,
+             dreams_per_window: float | None = None) -> np.ndarray:
+        """Draw and count `count` starts of windows of `length` steps: to train the model on or, if
+        it is said how many dreams are drawn for every training window, to dream from."""
+        trained, dreamed = (c[: self.length - length + 1] for c in (self.trained, self.dreamed))
+        if dreams_per_window is None:
+            starts, counter = draw(sampler(trained, None, tau), count, rng), trained
+        else:
+            score = sampler(trained, dreamed / dreams_per_window, tau)
+            starts, counter = draw(score, count, rng), dreamed
+        counter[starts] += 1
         return starts
 
     def windows(self, starts: np.ndarray, length: int, device) -> Batch:
         """The windows of `length` steps that begin at `starts`, as tensors on `device`."""
-        rows = starts[:, None] + np.arange(length)  # (B, L)
-        index = torch.from_numpy(rows.reshape(-1)).to(self.frame.device)
-        frame = self.frame.index_select(0, index).view(*rows.shape, *self.frame.shape[1:])
-
-        def tensor(values, dtype):
-            return torch.from_numpy(values[rows].astype(dtype)).to(device)
-
-        return Batch(
-            frame=frame.to(device),
-            action=tensor(self.action, np.int64),
-            reward=tensor(self.reward, np.float32),
-            terminal=tensor(self.terminal, np.float32),
-            first=tensor(self.first, bool),
-        )
-
-    # Saving: a step never changes once written, so steps are saved once; counters every time.
-
-    STEP = ("action", "reward", "terminal", "first")
-    COUNTER = ("trained", "dreamed")
+        rows = torch.from_numpy(starts[:, None] + np.arange(length))  # (B, L)
+        return Batch(*(
+            column.index_select(0, rows.flatten().to(column.device)).unflatten(0, rows.shape)
+            .to(device, self.schema[name][2]) for name, column in self.columns.items()))
 
     def steps(self, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Copies of the steps from `start` up to `stop`, for a file."""
-        arrays = {name: getattr(self, name)[start:stop].copy() for name in self.STEP}
-        return arrays | {"frame": self.frame[start:stop].cpu().numpy().copy()}
+        """Copies of the steps from `start` up to `stop`: they never change, so save them once."""
+        return {name: column[start:stop].cpu().numpy().copy()
+                for name, column in self.columns.items()}
 
     def append_steps(self, arrays: dict[str, np.ndarray]):
-        """Put back what `steps` returned, after the steps held so far."""
+        """Put back what `steps` returned, after the steps held so far; a column that was not known
+        then is filled with zeros."""
         start, stop = self.length, self.length + len(arrays["action"])
-        for name in self.STEP:
-            getattr(self, name)[start:stop] = arrays[name]
-        self.frame[start:stop] = torch.from_numpy(arrays["frame"])
+        for name, column in self.columns.items():
+            column[start:stop] = torch.from_numpy(arrays[name]) if name in arrays else 0
         self.length = stop
 
     def counters(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, name)[: self.length].copy() for name in self.COUNTER}
+        return {name: getattr(self, name)[: self.length].copy() for name in self.COUNTERS}
 
     def load_counters(self, arrays: dict[str, np.ndarray]):
-        for name in self.COUNTER:
+        for name in self.COUNTERS:
             getattr(self, name)[: self.length] = arrays[name]
+
+
+# ---------------------------------------------------------------- what must not cost a run
+
+
+class Stop:
+    """Whether Ctrl-C, a kill or a closed window asked the loop to save and end; the second one
+    ends at once. A handler only sets a flag: it may come in the middle of anything, even a print.
+    What the parent of this process had ignored (nohup) stays ignored.
+    """
+
+    def __enter__(self):
+        self.asked, kinds = False, ("SIGINT", "SIGTERM", "SIGHUP")
+        kinds = [getattr(signal, kind) for kind in kinds if hasattr(signal, kind)]
+        self.before = {kind: signal.signal(kind, self.ask) for kind in kinds
+                       if signal.getsignal(kind) is not signal.SIG_IGN}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        for kind in self.before:
+            signal.signal(kind, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+
+class Console:
+    """A stream whose writing never fails: neither a closed terminal nor a full disk behind it may
+    end a run. From the first error on it goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *args):
+        try:
+            action(*args)
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):  # so that Python's last flush works, too
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def sync(handle: int):
+    """Return when an open file or folder is safe on the disk."""
+    os.fsync(handle)
+    if sys.platform == "darwin":  # where fsync stops at the drive's cache
+        with contextlib.suppress(OSError):  # not every disk can do more
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+
+
+def sync_folder(path: Path):
+    """A file is only as safe as its name: return when the names in a folder are."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            sync(handle)
+        except OSError as error:  # network file systems that sync no folders say so like this
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(handle)
+
+
+def rename(source: Path, target: Path):
+    """Put a file in the place of another, at once."""
+    for pause in (0.1, 0.3, 1.0, None):
+        try:
+            return os.replace(source, target)
+        except PermissionError:  # on Windows, where others may be looking at the file
+            if os.name == "posix" or pause is None:
+                raise
+            time.sleep(pause)
+
+
+def write_file(path: Path, data: bytes):
+    """Write all of it or nothing, and return when it is safe on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            sync(file.fileno())
+        rename(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a full disk needs the room
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, content):
+    write_file(path, json.dumps(content, indent=1).encode())
+
+
+def write_png(path: Path, frames: list[np.ndarray], per_second: int = 1):
+    """Frames (height, width, 3) uint8 -> a PNG, animated if they are several."""
+    (height, width, _), parts, count = frames[0].shape, [], iter(range(2 * len(frames)))
+
+    def chunk(kind: bytes, form: str, *numbers, data: bytes = b""):
+        body = kind + struct.pack(">" + form, *numbers) + data
+        parts.append(struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)))
+
+    chunk(b"IHDR", "2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    if len(frames) > 1:
+        chunk(b"acTL", "2I", len(frames), 0)
+    for i, frame in enumerate(frames):
+        rows = np.pad(frame.reshape(height, -1), ((0, 0), (1, 0)))  # each begins with filter 0
+        data = zlib.compress(rows.tobytes())
+        if len(frames) > 1:
+            chunk(b"fcTL", "5I2H2B", next(count), width, height, 0, 0, 1, per_second, 0, 0)
+        if i == 0:
+            chunk(b"IDAT", "", data=data)
+        else:
+            chunk(b"fdAT", "I", next(count), data=data)
+    chunk(b"IEND", "")
+    write_file(path, b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+# ---------------------------------------------------------------- a run on the disk
+
+FORMAT = 2  # of a save; 1, from before settings were renamed, is still read
+CHUNK = 1024  # steps in a replay file
+
+
+RENAMED = dict(  # settings, as flags and in saves, of older versions
+    warmup="learning_starts", balance="harmony", balance_rate="harmony_lr", model_rate="model_lr",
+    agent_rate="agent_lr", model_clip="model_max_grad_norm", agent_clip="agent_max_grad_norm",
+    floor="policy_unimix")
+
+
+def from_format_1(manifest: dict, state: dict):
+    """A save of format 1 in the words of today, in place."""
+    saved = {RENAMED.get(name, name): value for name, value in manifest["settings"].items()}
+    if isinstance(saved["kernel"], int):
+        saved["kernel"] = [saved["kernel"]]
+    manifest["settings"] = saved
+    logs, model = state["logs"], state["learning"]["model"]
+    state["scores"] = [float(row.split(",")[1]) for row in logs["episodes"].splitlines()[1:]]
+    state["cpu_seconds"] = state["seconds"] * manifest["threads"]  # at most
+    logs["metrics"] = logs["metrics"].replace("balance_", "harmony_")
+    if "names" in state["sums"]:
+        state["sums"]["names"] = [n.replace("balance_", "harmony_") for n in state["sums"]["names"]]
+    for name in [name for name in model if name.startswith("balance.")]:
+        model[name.replace("balance.", "harmony.")] = model.pop(name)
+
+
+@functools.cache
+def versions() -> dict:
+    """Of all that a result depends on; with the commit, if this is a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%H", "--", "drama.py"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    packages = {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py")}
+    return dict(python=platform.python_version(), **packages, commit=commit or None)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def step_of(path: Path) -> int:
+    """state-000500.pt -> 500"""
+    return int(re.search("[0-9]+", path.name)[0])
+
+
+def not_finite(values, name: str) -> list[str]:
+    """Names of the numbers, in nested containers, that are NaN or infinite."""
+    return [name + keystr(path) for path, value in tree_leaves_with_path(values)
+            if isinstance(value, (Tensor, float)) and not torch.as_tensor(value).isfinite().all()]
+
+
+def spelled_cell(value) -> str:
+    """A cell of a table: counts and whole scores in full, others to nine digits."""
+    if isinstance(value, float):
+        return f"{value + 0.0:.0f}" if value.is_integer() else f"{value:.9g}"
+    return str(value)
+
+
+class Damaged(Exception):
+    """A file of a save is missing, or is not as it was written."""
+
+
+class Folder:
+    """A run on the disk.
+
+    replay-000.npz     1,024 steps, written once; replay-001.npz the next ...
+    state-000500.pt    at step 500, all that changes: what the run gives, counters, newest steps
+    save-000500.json   the manifest: what the run says of itself, and the SHA-256 of every file it
+                       needs. A save is one when its manifest appears, and not before
+    settings.json, *.csv, pictures, evaluations     are for people
+
+    The save before is kept. Loading verifies everything before it uses anything.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.saved_step = path, 0
+        self.chunks = {}  # replay files on the disk: name -> SHA-256
+        self.tables = {}  # name -> all of NAME.csv as text
+        self.unwritten = {}  # name -> rows that found their table locked
+
+    def numbered(self, kind: str, suffix: str) -> list[Path]:
+        """Files such as save-000500.json, newest first. Copies under other names are not ours."""
+        name = re.compile(rf"{kind}-[0-9]{{6,}}{re.escape(suffix)}")
+        found = [path for path in self.path.glob(f"{kind}-*") if name.fullmatch(path.name)]
+        return sorted(found, key=step_of, reverse=True)
+
+    def manifests(self) -> list[Path]:
+        return self.numbered("save", ".json")
+
+    def open_for_writing(self):
+        """Make the folder if need be, and lock it: two processes would ruin each other's run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise Mistake(f"{self.path} is a file: --run wants a folder.")
+        if self.path.is_dir() and not self.manifests():
+            others = sorted(p.name for p in self.path.iterdir()
+                            if not re.fullmatch(r"lock|state-.*|.*\.tmp|\..*", p.name))
+            if others:
+                raise Mistake(f"{self.path} holds other things ({', '.join(others[:3])}) and no "
+                              "save: give --run an empty or a new folder.")
+        try:
+            new = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            for path in new:
+                sync_folder(path.parent)
+            self.lock = open(self.path / "lock", "a")
+        except OSError as error:
+            raise Mistake(f"{self.path} cannot be written to: {error.strerror}.") from None
+        try:  # the system frees the lock when this process ends, however it ends
+            if os.name == "posix":
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(self.lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            self.close()
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                raise Mistake(f"{self.path} is in use by another process: stop it first.") from None
+            print(f"warning: {self.path} cannot be locked ({error.strerror}): start no second run "
+                  "in it", file=sys.stderr)
+
+    def close(self):
+        """Give the lock back."""
+        self.lock.close()
+
+    def check_room(self, need: int):
+        """Refuse to begin what the disk may not hold to the end; `need` in bytes."""
+        there = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
+        if need > (free := shutil.disk_usage(there).free):
+            raise Mistake(f"this run may take {need / 2**20:,.0f} MiB more in {self.path} and the "
+                          f"disk has {free / 2**20:,.0f}: make room, or give another --run.")
+
+    def append(self, name: str, row: dict):
+        """Add a row to the table NAME.csv, whose columns are those of its first row."""
+        text = self.tables.get(name) or ",".join(row) + "\n"
+        header = text[: text.index("\n")].split(",")
+        if header != list(row) and name in self.tables:  # begun by an older version
+            lines = text.splitlines()[1:]
+            header += (new := [column for column in row if column not in header])
+            text = "\n".join([",".join(header), *(line + "," * len(new) for line in lines), ""])
+            write_file(self.path / f"{name}.csv", text.encode())
+        line = ",".join(spelled_cell(row.get(column, "")) for column in header) + "\n"
+        waiting = self.unwritten.pop(name, "" if name in self.tables else text)
+        self.tables[name] = text + line
+        try:
+            with open(self.path / f"{name}.csv", "a") as file:
+                file.write(waiting + line)
+        except PermissionError:  # on Windows, while a spreadsheet shows it: with the next row, then
+            if os.name == "posix":
+                raise
+            self.unwritten[name] = waiting + line
+
+    def rewrite_tables(self):
+        """Rows newer than the save will come again."""
+        for name, text in self.tables.items():
+            write_file(self.path / f"{name}.csv", text.encode())
+
+    def save(self, step: int, state: dict, replay: Replay, settings: dict, **about):
+        """Replay files, state, manifest, in this order; then drop what the last two do not need."""
+        chunk, before = CHUNK, self.saved_step
+        if broken := not_finite(state, "run"):
+            raise Stopped(f"{', '.join(broken[:3])} is not finite: step {step} is not saved; "
+                          f"the last good save is that of step {before}.")
+        for start in range(0, step - chunk + 1, chunk):
+            name = f"replay-{start // chunk:03d}.npz"
+            if name not in self.chunks:
+                data = io.BytesIO()
+                np.savez_compressed(data, **replay.steps(start, start + chunk))
+                write_file(self.path / name, data.getvalue())
+                self.chunks[name] = sha256(data.getvalue())
+        newest = replay.steps(step // chunk * chunk, step)
+        data = io.BytesIO()  # in memory first: on a full disk torch.save complains of positions
+        torch.save(dict(state, newest=tree_map(torch.from_numpy, newest), logs=self.tables,
+                        counters=tree_map(torch.from_numpy, replay.counters())), data)
+        name = f"state-{step:06d}.pt"
+        write_file(self.path / name, data.getvalue())
+        files = self.chunks | {name: sha256(data.getvalue())}
+        content = dict(format=FORMAT, step=step, files=files, settings=settings,
+                       versions=versions(), **about)
+        signed = dict(content=content, sha256=sha256(json.dumps(content).encode()))
+        write_json(self.path / f"save-{step:06d}.json", signed)
+        self.saved_step = step
+        write_json(self.path / "settings.json", settings)
+        kept = {f"{kind}-{number:06d}" for kind in ("save", "state") for number in (before, step)}
+        half_written = self.numbered("state", ".pt.tmp") + self.numbered("save", ".json.tmp")
+        for path in self.manifests() + self.numbered("state", ".pt") + half_written:
+            if path.stem not in kept:
+                path.unlink()
+
+    def load(self, with_replay: bool = True) -> tuple[dict, dict, dict]:
+        """The newest save that is intact: manifest, state, replay files by name; all verified."""
+        manifests = self.manifests()
+        problems = [f"{path.name} has no manifest, as after a save cut short"
+                    for path in self.numbered("state", ".pt")
+                    if manifests and step_of(path) > step_of(manifests[0])]
+        for path in manifests:
+            try:
+                manifest = self.read_manifest(path)
+                files = {name: self.read(name, digest) for name, digest in manifest["files"].items()
+                         if with_replay or name.startswith("state")}
+            except Damaged as problem:
+                problems.append(str(problem))
+                continue
+            if problems:
+                print(f"warning: {'; '.join(dict.fromkeys(problems))}: using the save before, step "
+                      f"{manifest['step']}", file=sys.stderr)
+            data = io.BytesIO(files.pop(f"state-{manifest['step']:06d}.pt"))
+            state = torch.load(data, "cpu", weights_only=True)
+            if manifest["format"] == 1:
+                from_format_1(manifest, state)
+            return manifest, state, files
+        if problems:
+            raise Mistake(f"no intact save is left in {self.path}: "
+                          f"{'; '.join(dict.fromkeys(problems))}: put the files back from a copy, "
+                          "or start over in another folder.")
+        raise no_run(self.path)
+
+    def resume(self, manifest: dict, state: dict, files: dict[str, bytes], replay: Replay):
+        """Fill an empty replay with what `load` returned, and go on from there."""
+        for name in sorted(files, key=lambda name: (len(name), name)):
+            with np.load(io.BytesIO(files[name]), allow_pickle=False) as steps:
+                replay.append_steps(steps)
+        replay.append_steps(tree_map(Tensor.numpy, state["newest"]))
+        replay.load_counters(tree_map(Tensor.numpy, state["counters"]))
+        self.chunks = {name: manifest["files"][name] for name in files}
+        self.tables, self.saved_step = {k: v for k, v in state["logs"].items() if v}, state["step"]
+
+    def read(self, name: str, digest: str) -> bytes:
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+        if sha256(data) != digest:
+            raise Damaged(f"{name} is damaged")
+        return data
+
+    def read_manifest(self, path: Path) -> dict:
+        try:
+            signed = json.loads(path.read_bytes())
+            content = signed["content"]
+            intact = sha256(json.dumps(content).encode()) == signed["sha256"]
+        except (ValueError, KeyError, TypeError, OSError):
+            intact = False
+        if not intact or content["step"] != step_of(path):
+            raise Damaged(f"{path.name} is damaged")
+        if content["format"] > FORMAT:
+            raise Mistake(f"{path} was written by a newer version of this program: use that one.")
+        return content
+
+
+@contextlib.contextmanager
+def intact(path: Path, remedy: str):
+    """While a file is read: refuse it, by its name, if it is not as it was written."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError):
+        raise Mistake(f"{path} is damaged: {remedy}.") from None
+
+
+def kept_evaluation(path: Path) -> tuple[int, list[float]]:
+    """Step and scores of an evaluation on the disk."""
+    with intact(path, "delete it, and --eval makes a new one"):
+        kept = json.loads(path.read_bytes())
+        return int(kept["step"]), [float(score) for score in kept["scores"]]
+
+
+def no_run(path: Path) -> Mistake:
+    return Mistake(f"{path} holds no run." if path.is_dir() else f"there is no folder {path}.")
