@@ -141,8 +141,8 @@ def encoder(channels: list[int], strides: list[int], kernels: list[int]) -> nn.S
                          "product of the strides must divide 64")
     if len(kernels) != len(strides) or any(
             k < stride or stride == 1 and k % 2 == 0 for k, stride in zip(kernels, strides)):
-        raise ValueError("kernels need one for all or one for each convolution, no smaller than its "
-                         "stride, and odd where that is 1")
+        raise ValueError("kernel needs one number for all convolutions or one for each, no smaller "
+                         "than its stride, and odd where that is 1")
     blocks = []
     for before, after, stride, kernel in zip([3] + channels, channels, strides, kernels):
         conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
@@ -270,7 +270,7 @@ class WorldModel(nn.Module):
         return torch.cat([z.flatten(-2), one_hot(action, self.actions, z.dtype)], -1)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """Latents, as indices (B, K) or one-hot (B, K, C) -> images (B, 3, size, size) in [0, 1]."""
+        """Latents, indices (B, K) or one-hot (B, K, C) -> images (B, 3, size, size) in [0, 1]."""
         if not latent.is_floating_point():
             latent = one_hot(latent, self.classes)
         return self.decoder(latent.flatten(-2)).float().sigmoid()
@@ -385,7 +385,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def imagine(self, start: Start, horizon: int, policy) -> Dream:
-        """Dream `horizon` steps on; `policy(t, z, d_past)` takes (N, K), (N, D), gives actions (N,).
+        """Dream `horizon` steps on; `policy(t, z, d_past)`: (N, K), (N, D) -> actions (N,).
 
         Reward and end are read from d_t, which holds a_t, not from the feature before it (D2).
         """
@@ -811,3 +811,8 @@ class Graph:
         torch._foreach_copy_(tree_leaves(self.inputs), tree_leaves(inputs))
         self.graph.replay()
         return self.outputs
+
+
+def graphed(function, wanted: bool, device: torch.device):
+    """The function, or on CUDA, if `wanted`, its graph."""
+    return Graph(function) if wanted and device.type == "cuda" else function

@@ -1,4 +1,4 @@
-"""All that is remembered: the steps of a run, which of them to learn from next, the run on the disk.
+"""All that is remembered: the steps of a run, which to learn from next, and the run on the disk.
 
 The replay is append-only and as large as the run: nothing is ever overwritten, so a position is a
 step's name for good and a window of `length` consecutive positions is consecutive in time (D17).
@@ -21,6 +21,7 @@ nested containers of tensors and numbers. Read next: agent.py, which learns from
 """
 
 import contextlib
+import csv
 import errno
 import functools
 import hashlib
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -223,6 +225,8 @@ class Console:
 
     def __init__(self, stream):
         self.stream = stream
+        if hasattr(stream, "reconfigure"):  # nor may a name that it cannot spell
+            stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -240,6 +244,26 @@ class Console:
         except OSError:
             with contextlib.suppress(OSError, ValueError):  # so that Python's last flush works, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+class Clock:
+    """The seconds of a run, and its recent pace, by clocks that nobody sets."""
+
+    def __init__(self, warm_up: int):
+        """After `warm_up` steps the pace is forgotten: random play is faster than learning."""
+        self.warm_up, self.last = warm_up, (time.monotonic(), time.process_time())
+        self.recent = deque(maxlen=100)  # seconds of the last steps
+
+    def tick(self, run) -> float:
+        """A step is over: add its seconds to run.seconds and run.cpu_seconds -> steps a second."""
+        before, self.last = self.last, (time.monotonic(), time.process_time())
+        seconds, cpu_seconds = (now - then for now, then in zip(self.last, before))
+        run.seconds, run.cpu_seconds = run.seconds + seconds, run.cpu_seconds + cpu_seconds
+        if run.step == self.warm_up + 1:
+            self.recent.clear()
+        self.recent.append(seconds)
+        longest = max(self.recent) if len(self.recent) > 1 else 0.0  # the lid may have been closed
+        return max(1, len(self.recent) - 1) / max(sum(self.recent) - longest, 1e-9)
 
 
 def sync(handle: int):
@@ -322,6 +346,7 @@ def write_png(path: Path, frames: list[np.ndarray], per_second: int = 1):
 
 FORMAT = 2  # of a save; 1, from before settings were renamed, is still read
 CHUNK = 1024  # steps in a replay file
+BYTES_A_STEP = 1500  # on the disk: the worst of 26 games, and a picture at every save
 
 
 RENAMED = dict(  # settings, as flags and in saves, of older versions
@@ -397,7 +422,7 @@ class Folder:
     """
 
     def __init__(self, path: Path):
-        self.path, self.saved_step = path, 0
+        self.path, self.lock, self.saved_step = path, None, 0
         self.chunks = {}  # replay files on the disk: name -> SHA-256
         self.tables = {}  # name -> all of NAME.csv as text
         self.unwritten = {}  # name -> rows that found their table locked
@@ -411,7 +436,7 @@ class Folder:
     def manifests(self) -> list[Path]:
         return self.numbered("save", ".json")
 
-    def open_for_writing(self):
+    def open_for_writing(self, new: bool = False):
         """Make the folder if need be, and lock it: two processes would ruin each other's run."""
         if self.path.exists() and not self.path.is_dir():
             raise Mistake(f"{self.path} is a file: --run wants a folder.")
@@ -440,15 +465,27 @@ class Folder:
                 raise Mistake(f"{self.path} is in use by another process: stop it first.") from None
             print(f"warning: {self.path} cannot be locked ({error.strerror}): start no second run "
                   "in it", file=sys.stderr)
+        if new and self.manifests():
+            raise Mistake(f"another process began a run in {self.path} meanwhile: type the same "
+                          "command again to go on with it.")
 
     def close(self):
         """Give the lock back."""
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
 
-    def check_room(self, need: int):
-        """Refuse to begin what the disk may not hold to the end; `need` in bytes."""
+    def kept(self) -> str:
+        """What there is to go back to, in a sentence."""
+        return (f"The last good save is that of step {self.saved_step}: the same command goes on "
+                "from there." if self.manifests() else "Nothing is saved yet.")
+
+    def check_room(self, steps: int, weights: int, new: bool):
+        """Refuse to begin what the disk may not hold to the end: `steps` more, and three numbers a
+        weight - two are the optimiser's - and the newest steps with each save."""
+        save = 12 * weights + Replay.bytes_needed(CHUNK)
+        need = BYTES_A_STEP * steps + save * (3 if new else 1)
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
-        if need > (free := shutil.disk_usage(there).free):
+        if steps and need > (free := shutil.disk_usage(there).free):
             raise Mistake(f"this run may take {need / 2**20:,.0f} MiB more in {self.path} and the "
                           f"disk has {free / 2**20:,.0f}: make room, or give another --run.")
 
@@ -481,8 +518,8 @@ class Folder:
         """Replay files, state, manifest, in this order; then drop what the last two do not need."""
         chunk, before = CHUNK, self.saved_step
         if broken := not_finite(state, "run"):
-            raise Stopped(f"{', '.join(broken[:3])} is not finite: step {step} is not saved; "
-                          f"the last good save is that of step {before}.")
+            raise Stopped(f"{', '.join(broken[:3])} is not finite: step {step} is not saved. "
+                          f"{self.kept()}")
         for start in range(0, step - chunk + 1, chunk):
             name = f"replay-{start // chunk:03d}.npz"
             if name not in self.chunks:
@@ -588,3 +625,17 @@ def kept_evaluation(path: Path) -> tuple[int, list[float]]:
 
 def no_run(path: Path) -> Mistake:
     return Mistake(f"{path} holds no run." if path.is_dir() else f"there is no folder {path}.")
+
+
+@functools.cache
+def known_scores() -> dict[str, dict[str, float]]:
+    """Game -> scores of random play, a human and published agents, from results/ if it is there."""
+    path = Path(__file__).parent / "results" / "atari100k.csv"
+    rows = csv.DictReader(path.open()) if path.exists() else []
+    return {row.pop("game"): {name: float(cell) for name, cell in row.items()} for row in rows}
+
+
+def human_normalised(game: str, score: float) -> float | None:
+    """Percent of the way from random play to a human's; None where no such scores are known."""
+    if known := known_scores().get(game):
+        return 100 * (score - known["random"]) / (known["human"] - known["random"])

@@ -14,7 +14,6 @@ All counts of steps are agent steps; in Atari one is four frames of the game.
 import argparse
 import ast
 import contextlib
-import csv
 import difflib
 import functools
 import importlib.util
@@ -27,7 +26,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -47,10 +45,11 @@ from gymnasium import spaces
 from torch import Tensor
 from tqdm import tqdm
 
-from agent import BACKBONES, ActorCritic, Graph, Player, WorldModel, dream_picture, fast_precision
-from agent import keep_freed_memory, make_optimizer, take_step
-from buffer import RENAMED, SAMPLERS, Batch, Console, Folder, Mistake, Replay, Stop, Stopped
-from buffer import kept_evaluation, versions, write_json, write_png
+from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fast_precision
+from agent import graphed, keep_freed_memory, make_optimizer, take_step
+from buffer import RENAMED, SAMPLERS, Batch, Clock, Console, Folder, Mistake, Replay, Stop
+from buffer import Stopped, human_normalised, kept_evaluation, known_scores, versions, write_json
+from buffer import write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -60,7 +59,7 @@ DEVICES = ("auto", "cuda", "mps", "cpu")
 def setting(default, help: str, low=None, high=10**6, choices=()):
     """A field with its help and its bounds; whole numbers are 1 or more, others 0 or more."""
     low = (1 if isinstance(default, (int, tuple)) else 0) if low is None else low
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=[*choices]))
 
 
 @dataclass(frozen=True)
@@ -74,14 +73,11 @@ class Settings:
     # The run
     preset: str = setting("paper", "settings to start from; if left out, laptop without CUDA",
                           choices=("paper", "best", "laptop", "debug"))
-    game: str = setting("Breakout", "an Atari game in any usual spelling, Dot, a Gymnasium id, or "
-                        "FILE.py:CLASS")
+    game: str = setting("Breakout", "an Atari game, Dot, a Gymnasium id, or FILE.py:CLASS")
     game_args: str = setting("", "arguments of a Gymnasium game, such as continuous=False,size=8")
     action_repeat: int = setting(1, "steps of a Gymnasium game an action is held for; Atari: 4")
-    seed: int = setting(0, "seed of the game, of the first actions and of all else", low=0,
-                        high=10**18)
-    steps: int = setting(100_000, "length of the run, agent steps of 4 frames (Atari 100k)",
-                         high=10**12)
+    seed: int = setting(0, "seed of the game, of the first actions and of all else", 0, 10**18)
+    steps: int = setting(100_000, "length of the run, agent steps (Atari 100k)", high=10**12)
     device: str = setting("auto", "where to learn", choices=DEVICES)
     threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0, high=1024)
     precision: str = setting("auto", "of large products; auto: bfloat16 where that is faster",
@@ -94,8 +90,7 @@ class Settings:
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
-    sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)",
-                            choices=tuple(SAMPLERS))
+    sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)", choices=SAMPLERS)
     tau: float = setting(10.0, "temperature of dfs, draws (code): 10 at 16 draws a step", low=0.01)
     batch: int = setting(16, "windows of a world-model update (paper)")
     length: int = setting(128, "steps of such a window (paper)", low=2)
@@ -105,7 +100,7 @@ class Settings:
     kernel: tuple = setting((5,), "their kernels, pixels; one number stands for all (code)")
     groups: int = setting(32, "categoricals of the latent (paper)")
     classes: int = setting(32, "classes of each (paper)", low=2)
-    backbone: str = setting("mamba2", "sequence layers (paper)", choices=tuple(BACKBONES))
+    backbone: str = setting("mamba2", "sequence layers (paper)", choices=BACKBONES)
     layers: int = setting(2, "sequence layers (paper)")
     d_model: int = setting(512, "width of the sequence model (paper)")
     d_state: int = setting(16, "its state, numbers a channel (paper)")
@@ -118,8 +113,8 @@ class Settings:
     harmony: bool = setting(False, "learn the weights of the model's losses (H)")
     event_weights: bool = setting(False, "halve the image loss of still pixels if few move (ours)")
     # Dreams
-    dream_from: str = setting("contexts", "dreams begin after windows of their own (paper), or in "
-                              "the model's batch (ours)", choices=("contexts", "batch"))
+    dream_from: str = setting("contexts", "where dreams begin: after windows of their own (paper), "
+                              "in the model's batch (ours)", choices=("contexts", "batch"))
     dreams: int = setting(1024, "dreams an update (paper)")
     context: int = setting(8, "frames of a context, for --dream-from contexts (paper)", low=2)
     horizon: int = setting(16, "steps of a dream (paper)", high=1000)
@@ -133,8 +128,7 @@ class Settings:
     policy_unimix: float = setting(0.0, "uniform share of the policy, everywhere (V3)", high=1)
     slow_decay: float = setting(0.98, "decay of the critic's slow copy, an update (paper)", high=1)
     range_decay: float = setting(0.99, "decay of the return range, an update (paper)", high=1)
-    replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch, for "
-                                   "--dream-from batch (V3)")
+    replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch (V3)")
     # Optimisers
     optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
     model_lr: float = setting(4e-5, "learning rate of the world model (code)")
@@ -170,6 +164,7 @@ PRESETS = {
         tau=2.5, optimizer="adam", model_lr=1e-3, agent_lr=1e-3, eps=1e-8, warmup_updates=4,
         log_every=1, eval_episodes=2, precision="float32"),
 }
+
 # ---------------------------------------------------------------- the game
 
 
@@ -190,23 +185,6 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
     if s.game in AtariGame.names():
         return AtariGame(s.game, copies, film)
     return GymnasiumGame(gymnasium_maker(s.game, s.game_args), copies, s.action_repeat)
-
-
-def game_title(text: str) -> str:
-    """The name a game goes by: MsPacman for any usual spelling, such as ms_pacman, ALE/MsPacman-v5
-    or MsPacmanNoFrameskip-v4; a Gymnasium id and a user's own file as they are."""
-
-    def plain(name):
-        return re.sub("[^a-z0-9]", "", name.lower())
-
-    titles = {plain(title): title for title in (*AtariGame.names(), "Dot")}
-    wanted = plain(re.sub(r"^ALE/|(Deterministic|NoFrameskip)?-v\d+$", "", text))
-    if wanted in titles or ":" in text or text in gymnasium.registry:
-        return titles.get(wanted, text)
-    near = [titles[name] for name in difflib.get_close_matches(wanted, titles, 3, 0.5)]
-    near += difflib.get_close_matches(text, gymnasium.registry, 1, 0.8)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise Mistake(f"there is no game {text!r}: {hint}--list-games lists Atari's.")
 
 
 class AtariGame:
@@ -299,13 +277,16 @@ def episode_seeds(seed: int, episode: int, purpose: str, copies: int = 1) -> np.
 
 def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, ActorCritic]:
     randomness(s.seed, 0, "build")
-    model = WorldModel(
-        actions, channels=list(s.channels), strides=list(s.strides), kernels=s.kernels,
-        groups=s.groups, classes=s.classes, d_model=s.d_model, layers=s.layers,
-        backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, dropout=s.dropout,
-        head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
-        representation_scale=s.representation_scale, harmony=s.harmony,
-        event_weights=s.event_weights)
+    try:
+        model = WorldModel(
+            actions, channels=list(s.channels), strides=list(s.strides), kernels=s.kernels,
+            groups=s.groups, classes=s.classes, d_model=s.d_model, layers=s.layers,
+            backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, dropout=s.dropout,
+            head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
+            representation_scale=s.representation_scale, harmony=s.harmony,
+            event_weights=s.event_weights)
+    except ValueError as error:  # sizes that do not fit each other
+        raise Mistake(f"{error}.") from None
     agent = ActorCritic(
         actions, groups=s.groups, classes=s.classes, d_model=s.d_model,
         actor_hidden=s.actor_hidden, critic_hidden=s.critic_hidden, layers=s.agent_layers,
@@ -319,10 +300,8 @@ class Run:
 
     def __init__(self, s: Settings, device: torch.device):
         self.settings, self.device = s, device
-        asked = None
-        if s.replay_device != "auto":
-            asked, _ = pick_device(s.replay_device, "replay_device")
-        self.replay = Replay(s.steps, Replay.place(s.steps, device, asked))
+        asked = s.replay_device != "auto" and pick_device(s.replay_device, "replay_device")[0]
+        self.replay = Replay(s.steps, Replay.place(s.steps, device, asked or None))
         self.game = make_game(s)
         self.model, self.agent = build_networks(s, self.game.actions, device)
         named = dict(self.model.named_parameters())
@@ -351,12 +330,6 @@ class Run:
         wanted = self.settings.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
-    def graphed(self, update):
-        """update(run, ...) as a function of tensors alone; on CUDA, if wanted, from one graph."""
-        function = functools.partial(update, self)
-        graphs = self.settings.graphs and self.device.type == "cuda"
-        return Graph(function) if graphs else function
-
     def draw(self, count: int, length: int, rng, dreams_per_window=None) -> Batch:
         """Windows of the replay to train the world model on or, with a ratio, to dream from."""
         s = self.settings
@@ -374,9 +347,9 @@ def update_world_model(run: Run, batch: Batch):
     model.train()  # input statistics change here and nowhere else (D6)
     with run.autocast():
         loss, metrics, z = model.loss(batch)
-    norm, good = take_step(model, run.model_optimizer, loss, run.settings.model_max_grad_norm,
-                           buffers)
     model.eval()
+    max_norm = run.settings.model_max_grad_norm
+    norm, good = take_step(model, run.model_optimizer, loss, max_norm, buffers)
     return z, metrics | dict(model_norm=norm), good
 
 
@@ -401,9 +374,10 @@ def update_agent(run: Run, batch: Batch, z: Tensor, good: Tensor):
 def train(run: Run, folder: Folder, stop: Stop):
     """Drama's training loop (paper, algorithm 1), from run.step to the end."""
     s, replay, saved = run.settings, run.replay, time.monotonic()
-    learn_world, learn_to_act = run.graphed(update_world_model), run.graphed(update_agent)
+    learn_world, learn_to_act = (graphed(functools.partial(update, run), s.graphs, run.device)
+                                 for update in (update_world_model, update_agent))
     bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
-    clock = Clock(run)
+    clock = Clock(s.learning_starts)
     with show_progress(total=s.steps, initial=run.step, bar_format=bar_format) as bar:
         while run.step < s.steps:
             step, first = run.step, run.episode_length == 0
@@ -419,8 +393,7 @@ def train(run: Run, folder: Folder, stop: Stop):
             frame, reward, terminal, done = run.game.step([action])
             replay.add(frame=run.frame[0], action=action, reward=reward[0], terminal=terminal[0],
                        first=first)
-            run.frame = frame
-            run.score += float(reward[0])
+            run.frame, run.score = frame, run.score + float(reward[0])
             run.episode_length += 1
             if done[0]:
                 end_episode(run, folder)
@@ -444,16 +417,17 @@ def train(run: Run, folder: Folder, stop: Stop):
 
             # ---- 4. Log and save
             run.step += 1
-            clock.tick()
+            run.pace = clock.tick(run)
             if run.counted == s.log_every or run.counted and run.step == s.steps:
-                log_metrics(run, folder, clock.pace())
-            show_state(run, bar, clock.pace())
+                log_metrics(run, folder)
+            left = tqdm.format_interval((s.steps - run.step) / run.pace)
+            bar.set_postfix_str(f"{run.pace:.2f} step/s, {left} left{run.summary}", refresh=False)
+            bar.update()
             if stop.asked or run.step == s.steps or time.monotonic() - saved > 60 * s.save_minutes:
                 save(run, folder)
                 saved = time.monotonic()
                 if stop.asked:
-                    bar.close()
-                    print(f"saved at step {run.step:,}: the same command goes on from there")
+                    tqdm.write(f"saved at step {run.step:,}: the same command goes on from there")
                     raise SystemExit(130)
 
 
@@ -461,42 +435,16 @@ def count_update(run: Run, folder: Folder, metrics: dict, good: bool):
     """Add an update to the sums for the next row of metrics; stop after ten bad ones in a row."""
     run.updates += 1
     if good:
-        run.skipped_in_a_row = 0
         values = torch.stack([value.float() for value in metrics.values()])
         run.sums = run.sums or dict(names=list(metrics), values=torch.zeros_like(values))
         run.sums["values"] += values
-        run.counted += 1
+        run.counted, run.skipped_in_a_row = run.counted + 1, 0
         return
-    run.skipped += 1
-    run.skipped_in_a_row += 1
+    run.skipped, run.skipped_in_a_row = run.skipped + 1, run.skipped_in_a_row + 1
     broken = ", ".join(name for name, value in metrics.items() if not math.isfinite(float(value)))
     tqdm.write(f"step {run.step}: update skipped, not finite: {broken}")
     if run.skipped_in_a_row == 10:
-        raise Stopped(f"10 updates in a row were not finite ({broken}); "
-                      f"the last good save is that of step {folder.saved_step}.")
-
-
-class Clock:
-    """Seconds of a run, and its recent pace, by clocks that nobody sets."""
-
-    def __init__(self, run: Run):
-        self.run, self.last = run, (time.monotonic(), time.process_time())
-        self.recent = deque(maxlen=100)  # seconds of the last steps
-
-    def tick(self):
-        """A step is over."""
-        now = time.monotonic(), time.process_time()
-        if self.run.step == self.run.settings.learning_starts + 1:
-            self.recent.clear()  # counted in, random play would make the time left look too short
-        self.recent.append(now[0] - self.last[0])
-        self.run.seconds += now[0] - self.last[0]
-        self.run.cpu_seconds += now[1] - self.last[1]
-        self.last = now
-
-    def pace(self) -> float:
-        """Steps a second, without the longest of the last: the lid may have been closed."""
-        counted = sum(self.recent) - max(self.recent)
-        return (len(self.recent) - 1) / counted if counted else 1 / self.recent[0]
+        raise Stopped(f"10 updates in a row were not finite ({broken}). {folder.kept()}")
 
 
 def show_progress(**options) -> tqdm:
@@ -505,24 +453,16 @@ def show_progress(**options) -> tqdm:
     return tqdm(unit="step", dynamic_ncols=True, mininterval=interval, **options)
 
 
-def show_state(run: Run, bar: tqdm, pace: float):
-    """Move the bar by a step: pace, an honest time left, and what was learnt last."""
-    left = tqdm.format_interval((run.settings.steps - run.step) / pace)
-    bar.set_postfix_str(f"{pace:.2f} step/s, {left} left{run.summary}" if
-                        run.step > run.settings.learning_starts else "random play", refresh=False)
-    bar.update()
-
-
-def log_metrics(run: Run, folder: Folder, pace: float):
+def log_metrics(run: Run, folder: Folder):
     """A row of metrics.csv: means over the updates since the last row, then the pace."""
-    s, means = run.settings, run.sums["values"] / run.counted
-    means = dict(zip(run.sums["names"], means.tolist()))
+    s, means = run.settings, (run.sums["values"] / run.counted).tolist()
+    means = dict(zip(run.sums["names"], means))
     contexts = s.dreams * s.context if s.dream_from == "contexts" else 0
     frames = s.batch * s.length + contexts + s.dreams * s.horizon  # replayed and dreamed
     folder.append("metrics", dict(
-        step=run.step, updates=run.updates, skipped=run.skipped, **means, steps_per_second=pace,
-        frames_per_second=pace * frames / s.train_every, seconds=run.seconds,
-        cpu_seconds=run.cpu_seconds))
+        step=run.step, updates=run.updates, skipped=run.skipped, **means,
+        steps_per_second=run.pace, frames_per_second=run.pace * frames / s.train_every,
+        seconds=run.seconds, cpu_seconds=run.cpu_seconds))
     run.summary = (f", model {means['model_loss']:.1f}, return {means['dream_return']:.2f}, "
                    f"entropy {means['entropy']:.2f}")
     run.sums, run.counted = {}, 0
@@ -544,7 +484,6 @@ def end_episode(run: Run, folder: Folder):
 COUNTED = ("step", "episode", "updates", "skipped", "skipped_in_a_row", "seconds", "cpu_seconds",
            "score", "scores", "episode_length", "sums", "counted")
 LEARNING = ("model", "agent", "model_optimizer", "agent_optimizer")
-BYTES_A_STEP = 1500  # on the disk: the worst of 26 games, and a picture at every save
 PICTURE_STEPS = 16
 
 
@@ -598,8 +537,8 @@ def restore(run: Run, state: dict):
 
 
 def settings_of(manifest: dict) -> Settings:
-    saved = manifest["settings"]
-    if unknown := set(saved) - {f.name for f in fields(Settings)}:
+    saved, known = manifest["settings"], {f.name for f in fields(Settings)}
+    if unknown := set(saved) - known:
         raise Mistake(f"the run was made with {flag(min(unknown))}, which this version does not "
                       "have: go on with the version that made it.")
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
@@ -618,32 +557,12 @@ def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "poster
 # ---------------------------------------------------------------- evaluation
 
 
-@functools.cache
-def known_scores() -> dict[str, dict[str, float]]:
-    """Game -> scores of random play, of a human and of published agents, from results/, if there."""
-    path = Path(__file__).parent / "results" / "atari100k.csv"
-    rows = csv.DictReader(path.open()) if path.exists() else []
-    return {row.pop("game"): {name: float(cell) for name, cell in row.items()} for row in rows}
-
-
-def human_normalised(game: str, score: float) -> float | None:
-    """Percent of the way from random play to a human's; None where no such scores are known."""
-    if known := known_scores().get(game):
-        return 100 * (score - known["random"]) / (known["human"] - known["random"])
-
-
 def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior") -> Player:
     """A player whose state grows no older than any that was trained (T4)."""
     oldest = s.length if s.dream_from == "batch" else 2 * s.context
     player = Player(model, agent, games, oldest, act_on)
-    if s.graphs and player.d_past.device.type == "cuda":
-        player.decide = Graph(player.decide)
+    player.decide = graphed(player.decide, s.graphs, player.d_past.device)
     return player
-
-
-def reseed(s: Settings):
-    """Randomness of evaluations -> what to call before every step."""
-    return lambda step: randomness(s.seed, step, "test")
 
 
 def evaluate(s: Settings, player: Player) -> list[dict]:
@@ -653,8 +572,9 @@ def evaluate(s: Settings, player: Player) -> list[dict]:
     is set up as in training (D14). Ctrl-C ends it early, with the episodes that are over by then.
     """
     copies, seeds = s.eval_episodes, episode_seeds(s.seed, 0, "test", s.eval_episodes)
-    score, length, earned, step = np.zeros(copies), np.zeros(copies, int), 0, 0
-    over, moves = np.zeros(copies, bool), player.play(make_game(s, copies), seeds, reseed(s))
+    reseed, earned = functools.partial(randomness, s.seed, purpose="test"), 0
+    moves = player.play(make_game(s, copies), seeds, reseed)
+    score, length, over = np.zeros(copies), np.zeros(copies, int), np.zeros(copies, bool)
     with show_progress(desc="evaluation", iterable=moves) as bar:
         try:
             for step, move in enumerate(bar):
@@ -688,15 +608,14 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         table["final score"] = f"{np.mean(scores):,.1f}, standard error {error:,.1f}"
         table["lowest, highest"] = f"{min(scores):,.10g}, {max(scores):,.10g}"
     if last:
-        table["in training"] = (f"{np.mean(last):,.1f}, mean of the last {len(last)} episodes"
-                                + (" (the paper's protocol takes 5)" if len(last) < 5 else ""))
+        short = " (the paper's protocol takes 5)" * (len(last) < 5)
+        table["in training"] = f"{np.mean(last):,.1f}, mean of the last {len(last)} episodes{short}"
+    if known and scores:
+        normalised = round(human_normalised(s.game, np.mean(scores)), 1) + 0.0  # never -0.0
+        table["human-normalised"] = f"{normalised:.1f} %"
     if known:
         paper = known["Drama_XS_uniform" if s.sampling == "uniform" else "Drama_XS_DFS"]
-        if scores:
-            normalised = round(human_normalised(s.game, np.mean(scores)), 1) + 0.0  # never -0.0
-            table["human-normalised"] = f"{normalised:.1f} %"
-        table["published Drama"] = (f"{paper:,g}, {human_normalised(s.game, paper):.1f} %, "
-                                    f"{s.sampling} sampling")
+        table["published Drama"] = f"{paper:,g}, {human_normalised(s.game, paper):.1f} %"
         table["random, human"] = f"{known['random']:,g}, {known['human']:,g}"
     print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
     if not keep:
@@ -706,22 +625,20 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         raise SystemExit(130)
 
 
-FILM_SPEED = 15  # steps a second: the console drew 60 frames
-
-
 def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     """Film an episode in full size; in Atari, where there is a display, also show it in a window,
-    as fast as a human would play."""
+    as fast as a human would play: 15 steps a second, as the console drew 60 frames."""
     display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
     game, film, score, shown = make_game(s, film="window" if display else "file"), [], 0.0, 0.0
-    moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseed(s), limit)
+    reseed = functools.partial(randomness, s.seed, purpose="test")
+    moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseed, limit)
     for move in show_progress(desc="playing", total=limit, iterable=moves):
         film.append(game.picture())
         score += float(move.reward[0])
         if display:
-            time.sleep(max(0, 1 / FILM_SPEED - (time.monotonic() - shown)))
+            time.sleep(max(0, 1 / 15 - (time.monotonic() - shown)))
             shown = time.monotonic()
-    write_png(path, film, per_second=FILM_SPEED)
+    write_png(path, film, per_second=15)
     span = "the episode" if move.over[0] else f"its first {limit} steps"
     print(f"score {score:,.10g} in {span}: {path} is an animated PNG, which any browser shows")
 
@@ -774,9 +691,9 @@ class GymnasiumGame:
         self.envs, self.action_repeat = [make()], action_repeat
         actions, seen = self.envs[0].action_space, self.envs[0].observation_space
         if not isinstance(actions, spaces.Discrete):
-            raise Mistake(f"its actions are {type(actions).__name__}, and only Discrete can be "
-                          "learned; some games have such a variant: continuous=False (CarRacing), "
-                          "max_buttons_pressed=1 (ViZDoom), retro.Actions.DISCRETE (stable-retro).")
+            raise Mistake(f"its actions are {type(actions).__name__}, not Discrete, as they are with "
+                          "continuous=False (CarRacing), max_buttons_pressed=1 (ViZDoom) or "
+                          "use_restricted_actions=retro.Actions.DISCRETE (stable-retro).")
         self.actions, self.first_action = int(actions.n), int(actions.start)
         entries = dict(seen) if isinstance(seen, spaces.Dict) else {"": seen}
         pictures = [name for name, space in entries.items() if isinstance(space, spaces.Box)
@@ -847,19 +764,16 @@ class Dot(gymnasium.Env):
     action_space = spaces.Discrete(2)
     observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
 
-    def draw(self):
-        self.dot, frame = int(self.np_random.integers(2)), np.zeros((64, 64, 3), np.uint8)
-        frame[:, 32 * self.dot : 32 * self.dot + 32] = 255
-        return frame
-
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
-        self.steps = 0
-        return self.draw(), {}
+        self.steps, self.dot = -1, -1
+        return self.step(0)[0], {}
 
     def step(self, action):
         reward, self.steps = float(action == self.dot), self.steps + 1
-        return self.draw(), reward, self.steps == 50, False, {}
+        self.dot, frame = int(self.np_random.integers(2)), np.zeros((64, 64, 3), np.uint8)
+        frame[:, 32 * self.dot : 32 * self.dot + 32] = 255
+        return frame, reward, self.steps == 50, False, {}
 
 
 # ---------------------------------------------------------------- command line
@@ -870,8 +784,24 @@ BELONGS = dict(tau=("sampling", "dfs"), head_dim=("backbone", "mamba2"),
                replay_critic=("dream_from", "batch"))
 MAY_CHANGE = ("steps", "device", "threads", "graphs", "replay_device", "save_minutes",
               "eval_episodes")
-MOVED = {"--model-check": "tools.check RUN", "--curves": "tools.curves RUN", "--bench":
-         "tools.bench"}
+MOVED = {"--model-check": "check RUN", "--curves": "curves RUN", "--bench": "bench"}
+
+
+def game_title(text: str) -> str:
+    """The name a game goes by: MsPacman for any usual spelling, such as ms_pacman, ALE/MsPacman-v5
+    or MsPacmanNoFrameskip-v4; a Gymnasium id and a user's own file as they are."""
+
+    def plain(name):
+        return re.sub("[^a-z0-9]", "", name.lower())
+
+    titles = {plain(title): title for title in (*AtariGame.names(), "Dot")}
+    wanted = plain(re.sub(r"^ALE/|(Deterministic|NoFrameskip)?-v\d+$", "", text))
+    if wanted in titles or ":" in text or text in gymnasium.registry:
+        return titles.get(wanted, text)
+    near = [titles[name] for name in difflib.get_close_matches(wanted, titles, 3, 0.5)]
+    near += difflib.get_close_matches(text, gymnasium.registry, 1, 0.8)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise Mistake(f"there is no game {text!r}: {hint}--list-games lists Atari's.")
 
 
 def flag(name: str) -> str:
@@ -893,15 +823,10 @@ def check(s: Settings):
     """Refuse settings that cannot work; those of the networks are refused where they are built."""
     for f in fields(s):
         value, low, high = getattr(s, f.name), f.metadata["low"], f.metadata["high"]
-        if choices := f.metadata["choices"]:
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, 1)
-                hint = f": did you mean {near[0]}?" if near else "."
-                raise Mistake(f"{flag(f.name)} is one of {', '.join(choices)}, not {value!r}{hint}")
-        elif not isinstance(value, (str, bool)):
-            for number in value if isinstance(value, tuple) else (value,):
-                if not low <= number <= high:
-                    raise Mistake(f"{flag(f.name)} must be from {low} to {high}, not {number}.")
+        numbers = value if isinstance(value, tuple) else (value,) * (type(value) in (int, float))
+        for number in numbers:
+            if not low <= number <= high:
+                raise Mistake(f"{flag(f.name)} must be from {low} to {high}, not {number}.")
     if s.steps <= s.learning_starts:
         raise Mistake(f"--steps {s.steps} leaves nothing to learn after the random steps of "
                       f"--learning-starts: give more than {s.learning_starts}.")
@@ -919,8 +844,6 @@ def check(s: Settings):
 
 def pick_device(wanted: str, asked_by: str = "device") -> tuple[torch.device, str]:
     """The device that a setting asks for, and the reason in words."""
-    if wanted not in DEVICES:
-        raise Mistake(f"{flag(asked_by)} is one of {', '.join(DEVICES)}, not {wanted!r}.")
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     have, note = [name for name in there if there[name]], ""
     if shutil.which("nvidia-smi") and not torch.version.cuda:
@@ -939,11 +862,21 @@ def own_preset() -> str:
     return "paper" if torch.cuda.is_available() else "laptop"
 
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 class Parser(argparse.ArgumentParser):
     """Flags for settings, with a preset's values in the help; errors are one sentence."""
 
+    WANTED = dict(int="a whole number such as 100000", float="a number such as 0.5",
+                  whole_numbers="whole numbers such as 32,64")
+
     def error(self, message: str):
-        raise Mistake(message.removeprefix("argument ") + ". See --help.")
+        message = re.sub(r"^argument |['{}]", "", message)
+        message = re.sub(r"invalid (\w+) value: (.*)", lambda found:
+                         f"{found[2]} is not {self.WANTED[found[1]]}", message)
+        raise Mistake(f"{message}. See --help.")
 
     def add_settings(self, preset: str, names=tuple(f.name for f in fields(Settings))):
         group = self.add_argument_group(f"settings, with the values of the preset {preset}")
@@ -951,51 +884,34 @@ class Parser(argparse.ArgumentParser):
             value = dict(PRESETS[preset], preset=preset).get(f.name, f.default)
             options = dict(dest=f.name, default=argparse.SUPPRESS,
                            help=f"{f.metadata['help']} ({spelled(value)})".replace("%", "%%"))
-            if isinstance(f.default, bool):
+            kind, choices = type(f.default), f.metadata["choices"]
+            if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                kind = "N,N,..." if isinstance(f.default, tuple) else type(f.default).__name__
-                options |= dict(type=reader(f.default),
-                                metavar="|".join(f.metadata["choices"]) or kind.upper())
+                options |= dict(type=whole_numbers if kind is tuple else kind,
+                                choices=choices or None, metavar="|".join(choices) or
+                                ("N,N,..." if kind is tuple else kind.__name__.upper()))
             group.add_argument(flag(f.name), **options)
 
     def parse(self, argv: list[str]) -> dict:
         """The flags given, and no others, by name; old names are understood."""
-        argv, known = list(argv), [n for action in self._actions for n in action.option_strings]
-        for i, word in enumerate(argv):
-            name, equals, value = word.partition("=")
-            if name in MOVED and name not in known:
-                raise Mistake(f"{name} is a tool of its own now: python -m {MOVED[name]}")
-            for old, new in RENAMED.items():
-                if name in (flag(old), flag(f"no_{old}")):
-                    argv[i] = name.replace(flag(old)[2:], flag(new)[2:]) + equals + value
-        given, unknown = self.parse_known_args(argv)
+        today = {flag(no + old): flag(no + new) for old, new in RENAMED.items()
+                 for no in ("", "no_")}
+        words = [word.partition("=") for word in argv]
+        given, unknown = self.parse_known_args([today.get(name, name) + equals + value
+                                                for name, equals, value in words])
         if unknown:
             word = unknown[0].split("=")[0]
+            if word in MOVED:
+                raise Mistake(f"{word} is a tool of its own now: python -m tools.{MOVED[word]}")
+            known = [name for action in self._actions for name in action.option_strings]
             near = difflib.get_close_matches(word, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see --help."
             raise Mistake(f"unknown {'flag' if word.startswith('-') else 'word'} {word!r}: {hint}")
         return vars(given)
 
 
-def reader(default):
-    """How the text after a flag becomes a value like `default`."""
-    convert, wanted = {
-        int: (int, "a whole number such as 100000"), float: (float, "a number such as 0.5"),
-        tuple: (lambda text: tuple(map(int, text.split(","))), "whole numbers such as 32,64"),
-    }.get(type(default), (str, ""))
-
-    def read(text):
-        try:
-            return convert(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-
-    return read
-
-
 def refuse(flags: dict, because: str):
-    """Refuse flags that a command has no use for."""
     for name, value in flags.items():
         raise Mistake(f"{because}: leave out {typed(name, value)}.")
 
@@ -1004,10 +920,7 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     """Preset, then flags; then what was left to the machine is settled for good."""
     device, why = pick_device(flags.get("device", "auto"))
     flags = dict(preset="paper" if device.type == "cuda" else "laptop") | flags
-    preset = dict(PRESETS.get(flags["preset"], {}))
-    if flags.get("dream_from") == "contexts":  # which has no batch to hold the critic to
-        preset.pop("replay_critic", None)
-    s = Settings(**(preset | flags))
+    s = Settings(**(PRESETS[flags["preset"]] | flags))
     check(s)
     for name, (other, value) in BELONGS.items():
         if flags.get(name) and getattr(s, other) != value:
@@ -1027,9 +940,9 @@ def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
         del flags["precision"]
     for name, value in flags.items():
         if name not in MAY_CHANGE and value != getattr(s, name):
-            asked = typed(name, value) if isinstance(value, bool) else spelled(value)
-            raise Mistake(f"{path} holds a run with {typed(name, getattr(s, name))}, not {asked}: "
-                          "leave the flag out to go on with it, or give another folder with --run.")
+            raise Mistake(f"{path} holds a run with {typed(name, getattr(s, name))}, not "
+                          f"{typed(name, value)}: leave that out to go on with it, or give another "
+                          "folder with --run.")
     if flags.get("steps", s.steps) < s.steps:
         raise Mistake(f"{path} holds a run of {s.steps} steps: --steps can only grow.")
     threads = manifest["threads"]  # their number changes the last bits of sums
@@ -1043,13 +956,13 @@ def introduce(run: Run, why: str, path: Path):
     """The first lines: where this runs, what it is, and what it needs."""
     s, device, frames = run.settings, run.device, run.replay.columns["frame"]
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    size = {f"{net}.{name}": sum(p.numel() for p in part.parameters()) for net in ("model", "agent")
-            for name, part in getattr(run, net).named_children()}
-    parts = ", ".join(f"{name} {count:,}" for name, count in size.items() if count > 3)
+    parts = [*run.model.named_children(), *run.agent.named_children()]
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size > 3)
     print(f"device   {device} ({chip}), {why}; {s.precision}, {torch.get_num_threads()} threads\n"
           f"preset   {s.preset}; {s.game}, seed {s.seed}, {s.steps:,} steps, in {path}\n"
           f"game     {run.game.actions} actions; frames: {run.game.source}\n"
-          f"sizes    {parts}; replay {frames.nbytes / 2**20:,.0f} MiB on {frames.device}"
+          f"sizes    {sizes}; replay {frames.nbytes / 2**20:,.0f} MiB on {frames.device}"
           + (f"\nresuming at step {run.step:,}" if run.step else ""))
 
 
@@ -1074,34 +987,26 @@ def train_command(flags: dict):
         if resuming and manifest["step"] == s.steps and result.exists():
             _, scores = kept_evaluation(result)
             if len(scores) >= s.eval_episodes:
-                print(f"finished: {s.preset}, {s.steps:,} steps, mean score {np.mean(scores):,.1f}, "
-                      f"episodes: {len(scores)} ({result}). More --steps go on; --eval "
-                      f"{folder.path} --eval-episodes N plays more.")
-                return
+                return print(f"finished: {s.preset}, {s.steps:,} steps, mean score "
+                             f"{np.mean(scores):,.1f}, episodes: {len(scores)} ({result}). More "
+                             f"--steps go on; --eval {folder.path} --eval-episodes N plays more.")
         run = Run(s, device)
         if resuming:
             folder.resume(manifest, state, files, run.replay)
             restore(run, state)
-        if run.step < s.steps:  # three numbers a weight, newest steps, and one save more at times
-            weights = sum(p.numel() for net in (run.model, run.agent) for p in net.parameters())
-            folder.check_room(BYTES_A_STEP * (s.steps - run.step)
-                              + (12 * weights + 2**24) * (1 if run.step else 3))
+        weights = sum(p.numel() for net in (run.model, run.agent) for p in net.parameters())
+        folder.check_room(s.steps - run.step, weights, new=not resuming)
         try:
             if resuming:
                 folder.rewrite_tables()
             else:
-                folder.open_for_writing()
-                if folder.manifests():
-                    raise Mistake(f"another process began a run in {folder.path} meanwhile: type "
-                                  "the same command again to go on with it.")
+                folder.open_for_writing(new=True)
                 save(run, folder)
             introduce(run, why, folder.path)
             with Stop() as stop:
                 train(run, folder, stop)
         except OSError as error:
-            kept = (f"The last good save is that of step {folder.saved_step}: the same command "
-                    "goes on from there." if folder.manifests() else "Nothing is saved yet.")
-            raise Stopped(f"{reason(error)}. {kept}") from None
+            raise Stopped(f"{reason(error)}. {folder.kept()}") from None
         player = make_player(s, run.model, run.agent, s.eval_episodes)
         evaluate_and_report(s, player, state_of(run), result)
 
@@ -1109,11 +1014,10 @@ def train_command(flags: dict):
 def play_command(flags: dict, kind: str):
     """--eval, --watch: play with what a run has learnt so far."""
     path, act_on = Path(flags.pop(kind)), flags.pop("act_on", "posterior")
-    out = place_for_results(path, flags.pop("out", None), flag(kind))
-    s, device = playing_settings(flags, flag(kind), ["eval_episodes"] * (kind == "eval"))
+    s, device, out = playing_settings(path, flags, flag(kind), ["eval_episodes"] * (kind == "eval"))
     games = s.eval_episodes if kind == "eval" else 1
-    s, player, state = load_player(path, device.type, games, act_on, graphs=s.graphs,
-                                   eval_episodes=s.eval_episodes)
+    changes = dict(graphs=s.graphs, eval_episodes=s.eval_episodes)
+    s, player, state = load_player(path, device, games, act_on, **changes)
     name = f"{state['step']:06d}" + "-prior" * (act_on == "prior")
     if kind == "watch":
         watch(s, player, out / f"watch-{name}.png")
@@ -1121,61 +1025,47 @@ def play_command(flags: dict, kind: str):
         evaluate_and_report(s, player, state, out / f"evaluation-{name}.json")
 
 
-def playing_settings(flags: dict, command: str, more=()) -> tuple[Settings, torch.device]:
-    """Of a command that takes the rest from a run."""
-    allowed = {"device", "threads", "graphs", *more}
+def playing_settings(path: Path, flags: dict, command: str, more=()):
+    """Settings of a command that takes most from a run, device, folder of its results."""
+    out, allowed = Path(flags.pop("out", path)), {"device", "threads", "graphs", *more}
     refuse({name: value for name, value in flags.items() if name not in allowed},
            f"{command} takes its settings from the run")
     s = Settings(**flags)
     check(s)
     torch.set_num_threads(s.threads or torch.get_num_threads())
-    return s, pick_device(s.device)[0]
-
-
-def place_for_results(path: Path, out: str | None, command: str) -> Path:
-    """Where a command writes: to the run's folder or to --out; refused before it plays."""
-    folder = Path(out or path)
-    if out:
-        folder.mkdir(parents=True, exist_ok=True)
+    if out != path:
+        out.mkdir(parents=True, exist_ok=True)
     elif path.is_dir() and not os.access(path, os.W_OK):
         raise Mistake(f"{path} cannot be written to, and {command} leaves its result there: "
                       "--out DIR names another place.")
-    return folder
+    return s, pick_device(s.device)[0], out
+
+
+def command_line(command, argv: list[str] | None = None, name: str = "drama.py") -> int:
+    """command(words of the command line) -> exit code; errors are one sentence."""
+    keep_freed_memory()
+    with (contextlib.redirect_stdout(Console(sys.stdout)),
+          contextlib.redirect_stderr(Console(sys.stderr))):
+        try:
+            command(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt:
+            return 130
+        except (Mistake, Stopped, OSError, MemoryError, RuntimeError) as error:
+            text = reason(error)
+            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+                text = ("there is not enough memory: what was saved is kept; a new run with a "
+                        "smaller --batch, --dreams or --d-model, or on another --device, may fit")
+            elif isinstance(error, RuntimeError):
+                raise
+            print(f"{name}: {text}", file=sys.stderr)
+            return 2 if isinstance(error, Mistake) else 1
+    return 0
 
 
 def reason(error: Exception) -> str:
     """An error without its number."""
     named = isinstance(error, OSError) and error.strerror and error.filename
     return f"{error.strerror}: {error.filename}" if named else str(error)
-
-
-def command_line(command, argv: list[str] | None = None, name: str = "drama.py") -> int:
-    """command(words of the command line) -> exit code; errors are one sentence."""
-    keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):  # a name that they cannot spell must not end a run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    with (contextlib.redirect_stdout(Console(sys.stdout)),
-          contextlib.redirect_stderr(Console(sys.stderr))):
-        try:
-            command(sys.argv[1:] if argv is None else argv)
-        except Mistake as mistake:
-            print(f"{name}: {mistake}", file=sys.stderr)
-            return 2
-        except (OSError, Stopped) as error:
-            print(f"{name}: {reason(error)}", file=sys.stderr)
-            return 1
-        except (MemoryError, RuntimeError) as error:  # every device says it in its own way
-            if not (isinstance(error, MemoryError)
-                    or re.search("out of memory|allocate memory", str(error))):
-                raise
-            print(f"{name}: there is not enough memory: what was saved is kept; a new run with a "
-                  "smaller --batch, --dreams or --d-model, or on another --device, may fit",
-                  file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            return 130
-    return 0
 
 
 def run_command(argv: list[str]):
@@ -1202,9 +1092,7 @@ def run_command(argv: list[str]):
         train_command(flags)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return command_line(run_command, argv)
-
+main = functools.partial(command_line, run_command)
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
