@@ -36,7 +36,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from scan import BACKBONES, RMSNorm, SequenceModel, State
 
@@ -615,8 +614,7 @@ class Player:
         """Frames (games, size, size, 3) uint8, first (games,) bool -> actions (games,)."""
         step = self.decide(frame, first, self.d_past, self.state)
         (z, action), (self.d_past, self.state) = step[:2], step[2:]
-        # Copies: a CUDA graph overwrites its outputs, and a caller may reuse its flags.
-        self.history.append((z.clone(), action.clone(), first.clone()))
+        self.history.append((z, action, first.clone()))  # a caller may reuse its flags
         self.age += 1
         if self.age == 2 * self.half:
             z, past, first = (torch.stack(column, 1) for column in zip(*self.history))
@@ -730,9 +728,9 @@ def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor,
     """One step down the clipped gradient of a loss -> (gradient norm, whether it was taken).
 
     It is taken if `good` and if loss and gradients are finite. Else nothing changes: the buffers of
-    the module return to `buffers`, their values before the loss. The device decides, as a CUDA
-    graph must not end where the host looks at a number. Learnt loss weights, a parameter group of
-    their own, stand outside the norm.
+    the module return to `buffers`, their values before the loss. The device decides, so that the
+    host need not wait for it. Learnt loss weights, a parameter group of their own, stand outside
+    the norm.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -779,40 +777,3 @@ def keep_freed_memory():
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-class Graph:
-    """A function of tensors, recorded on a CUDA GPU and from then on launched at one stroke.
-
-    A GPU is done with a small kernel before Python has launched the next. What is recorded is a
-    list of kernels with their addresses: so shapes are fixed, inputs are copied to where they
-    were, the outputs of a call are overwritten by the next, and nothing inside may look at a
-    number. Random numbers follow torch.manual_seed as ever. The first calls run as they are, on the
-    stream where all is recorded: libraries prepare there.
-    """
-
-    WARM = 3
-
-    def __init__(self, function):
-        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
-
-    def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls <= self.WARM:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.calls == self.WARM + 1:
-            self.inputs, self.graph = tree_map(torch.clone, inputs), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.outputs = self.function(*self.inputs)
-        torch._foreach_copy_(tree_leaves(self.inputs), tree_leaves(inputs))
-        self.graph.replay()
-        return self.outputs
-
-
-def graphed(function, wanted: bool, device: torch.device):
-    """The function, or on CUDA, if `wanted`, its graph."""
-    return Graph(function) if wanted and device.type == "cuda" else function

@@ -357,7 +357,8 @@ RENAMED = dict(  # settings, as flags and in saves, of older versions
 
 def from_format_1(manifest: dict, state: dict):
     """A save of format 1 in the words of today, in place."""
-    saved = {RENAMED.get(name, name): value for name, value in manifest["settings"].items()}
+    saved = {RENAMED.get(name, name): value for name, value in manifest["settings"].items()
+             if name != "graphs"}  # of which tools.graphs knows now
     if isinstance(saved["kernel"], int):
         saved["kernel"] = [saved["kernel"]]
     manifest["settings"] = saved

@@ -46,7 +46,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fast_precision
-from agent import graphed, keep_freed_memory, make_optimizer, take_step
+from agent import keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Console, Folder, Mistake, Replay, Stop
 from buffer import Stopped, human_normalised, kept_evaluation, known_scores, versions, write_json
 from buffer import write_png
@@ -82,7 +82,6 @@ class Settings:
     threads: int = setting(0, "CPU threads; 0 leaves it to torch", low=0, high=1024)
     precision: str = setting("auto", "of large products; auto: bfloat16 where that is faster",
                              choices=("auto", "float32", "bfloat16"))
-    graphs: bool = setting(False, "on CUDA, launch each update as one graph")
     replay_device: str = setting("auto", "where frames are kept; auto: as device", choices=DEVICES)
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
@@ -374,8 +373,6 @@ def update_agent(run: Run, batch: Batch, z: Tensor, good: Tensor):
 def train(run: Run, folder: Folder, stop: Stop):
     """Drama's training loop (paper, algorithm 1), from run.step to the end."""
     s, replay, saved = run.settings, run.replay, time.monotonic()
-    learn_world, learn_to_act = (graphed(functools.partial(update, run), s.graphs, run.device)
-                                 for update in (update_world_model, update_agent))
     bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
     clock = Clock(s.learning_starts)
     with show_progress(total=s.steps, initial=run.step, bar_format=bar_format) as bar:
@@ -405,14 +402,14 @@ def train(run: Run, folder: Folder, stop: Stop):
                 # ---- 2. Learn the world, from windows of the replay
                 batch = run.draw(s.batch, s.length, randomness(s.seed, step, "windows"))
                 randomness(s.seed, step, "model")
-                z, metrics, good = learn_world(batch)
+                z, metrics, good = update_world_model(run, batch)
 
                 # ---- 3. Learn in the dream
                 if s.dream_from == "contexts":
                     rng = randomness(s.seed, step, "contexts")
                     batch = run.draw(s.dreams, s.context, rng, s.dreams / s.batch)
                 randomness(s.seed, step, "dream")
-                more, good = learn_to_act(batch, z, good)
+                more, good = update_agent(run, batch, z, good)
                 count_update(run, folder, metrics | more, bool(good))
 
             # ---- 4. Log and save
@@ -560,9 +557,7 @@ def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "poster
 def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior") -> Player:
     """A player whose state grows no older than any that was trained (T4)."""
     oldest = s.length if s.dream_from == "batch" else 2 * s.context
-    player = Player(model, agent, games, oldest, act_on)
-    player.decide = graphed(player.decide, s.graphs, player.d_past.device)
-    return player
+    return Player(model, agent, games, oldest, act_on)
 
 
 def evaluate(s: Settings, player: Player) -> list[dict]:
@@ -782,9 +777,9 @@ class Dot(gymnasium.Env):
 BELONGS = dict(tau=("sampling", "dfs"), head_dim=("backbone", "mamba2"),
                harmony_lr=("harmony", True), context=("dream_from", "contexts"),
                replay_critic=("dream_from", "batch"))
-MAY_CHANGE = ("steps", "device", "threads", "graphs", "replay_device", "save_minutes",
-              "eval_episodes")
-MOVED = {"--model-check": "check RUN", "--curves": "curves RUN", "--bench": "bench"}
+MAY_CHANGE = ("steps", "device", "threads", "replay_device", "save_minutes", "eval_episodes")
+MOVED = {"--model-check": "check RUN", "--curves": "curves RUN", "--bench": "bench",
+         "--graphs": "graphs"}
 
 
 def game_title(text: str) -> str:
@@ -1016,8 +1011,7 @@ def play_command(flags: dict, kind: str):
     path, act_on = Path(flags.pop(kind)), flags.pop("act_on", "posterior")
     s, device, out = playing_settings(path, flags, flag(kind), ["eval_episodes"] * (kind == "eval"))
     games = s.eval_episodes if kind == "eval" else 1
-    changes = dict(graphs=s.graphs, eval_episodes=s.eval_episodes)
-    s, player, state = load_player(path, device, games, act_on, **changes)
+    s, player, state = load_player(path, device, games, act_on, eval_episodes=s.eval_episodes)
     name = f"{state['step']:06d}" + "-prior" * (act_on == "prior")
     if kind == "watch":
         watch(s, player, out / f"watch-{name}.png")
@@ -1027,7 +1021,7 @@ def play_command(flags: dict, kind: str):
 
 def playing_settings(path: Path, flags: dict, command: str, more=()):
     """Settings of a command that takes most from a run, device, folder of its results."""
-    out, allowed = Path(flags.pop("out", path)), {"device", "threads", "graphs", *more}
+    out, allowed = Path(flags.pop("out", path)), {"device", "threads", *more}
     refuse({name: value for name, value in flags.items() if name not in allowed},
            f"{command} takes its settings from the run")
     s = Settings(**flags)
