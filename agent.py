@@ -121,6 +121,17 @@ def image_layout(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """On a CPU torch 2.13 sums channels-last images in float32, one number after the other: beyond
+    a million a channel, as in `paper`, the variance is 1 % off, and each number of threads has its
+    own. Contiguous images are summed pairwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu" or x[:, 0].numel() < 2**19:
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=image_layout(x.device))
+
+
 class ToImage(nn.Module):
     """(B, C * side * side) -> (B, C, side, side) in the layout of images."""
 
@@ -145,7 +156,7 @@ def encoder(channels: list[int], strides: list[int], kernels: list[int]) -> nn.S
     blocks = []
     for before, after, stride, kernel in zip([3] + channels, channels, strides, kernels):
         conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
-        blocks += [conv, nn.BatchNorm2d(after), nn.SiLU()]
+        blocks += [conv, BatchNorm(after), nn.SiLU()]
     return nn.Sequential(*blocks, nn.Flatten())
 
 
@@ -157,7 +168,7 @@ def decoder(d_input: int, channels: list[int], strides: list[int], kernels: list
         padding = (kernel - 1) // 2
         extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
         conv = nn.ConvTranspose2d(before, after, kernel, stride, padding, output_padding=extra)
-        blocks += [nn.BatchNorm2d(before), nn.SiLU(), conv]
+        blocks += [BatchNorm(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)
 
 

@@ -825,6 +825,9 @@ def check(s: Settings):
     if s.steps <= s.learning_starts:
         raise Mistake(f"--steps {s.steps} leaves nothing to learn after the random steps of "
                       f"--learning-starts: give more than {s.learning_starts}.")
+    if s.dreams * s.horizon > 2**24:
+        raise Mistake(f"--dreams {s.dreams} of --horizon {s.horizon} are more than the 16,777,216 "
+                      "steps whose quantiles torch can take.")
     windows = {"--batch": (s.batch, s.length)}
     if s.dream_from == "contexts":
         windows["--dreams"] = s.dreams, s.context
