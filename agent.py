@@ -750,7 +750,8 @@ def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor,
     total = loss.detach() + norm + sum(p.grad.sum() for params in rest for p in params)
     good = torch.isfinite(total) & good
     optimizer.found_inf = (~good).float()
-    optimizer.step()
+    if total.device.type != "mps" or good:  # whose fused Adam overlooks found_inf
+        optimizer.step()
     for buffer, before in zip(module.buffers(), buffers):
         buffer.copy_(torch.where(good, buffer, before))
     return norm, good

@@ -125,7 +125,7 @@ class Replay:
     def place(capacity: int, device: torch.device, asked: torch.device | None) -> torch.device:
         """Where to keep the frames of a run on `device`: as `asked`, or there too if it can be."""
         need, have = Replay.bytes_needed(capacity), math.inf  # where the system does not tell
-        if device.type == "mps" and need >= MPS_LIMIT:
+        if device.type == "mps" and need > 0.9 * MPS_LIMIT:
             device = torch.device("cpu")
         where = asked or device
         if where.type == "mps":
@@ -224,9 +224,9 @@ class Console:
     end a run. From the first error on it goes nowhere."""
 
     def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):  # nor may a name that it cannot spell
-            stream.reconfigure(errors="backslashreplace")
+        self.stream = stream or open(os.devnull, "w")  # there is none if a parent closed it
+        if hasattr(self.stream, "reconfigure"):  # nor may a name that it cannot spell
+            self.stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -494,16 +494,16 @@ class Folder:
         """Add a row to the table NAME.csv, whose columns are those of its first row."""
         text = self.tables.get(name) or ",".join(row) + "\n"
         header = text[: text.index("\n")].split(",")
-        if header != list(row) and name in self.tables:  # begun by an older version
-            lines = text.splitlines()[1:]
-            header += (new := [column for column in row if column not in header])
+        if new := [column for column in row if column not in header]:  # of an older version
+            lines, header = text.splitlines()[1:], header + new
             text = "\n".join([",".join(header), *(line + "," * len(new) for line in lines), ""])
             write_file(self.path / f"{name}.csv", text.encode())
         line = ",".join(spelled_cell(row.get(column, "")) for column in header) + "\n"
-        waiting = self.unwritten.pop(name, "" if name in self.tables else text)
+        begun = name in self.tables  # else a file of that name is what a kill left behind
+        waiting = self.unwritten.pop(name, "" if begun else text)
         self.tables[name] = text + line
         try:
-            with open(self.path / f"{name}.csv", "a") as file:
+            with open(self.path / f"{name}.csv", "a" if begun else "w") as file:
                 file.write(waiting + line)
         except PermissionError:  # on Windows, while a spreadsheet shows it: with the next row, then
             if os.name == "posix":

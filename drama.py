@@ -826,8 +826,8 @@ def check(s: Settings):
         raise Mistake(f"--steps {s.steps} leaves nothing to learn after the random steps of "
                       f"--learning-starts: give more than {s.learning_starts}.")
     if s.dreams * s.horizon > 2**24:
-        raise Mistake(f"--dreams {s.dreams} of --horizon {s.horizon} are more than the 16,777,216 "
-                      "steps whose quantiles torch can take.")
+        raise Mistake(f"--dreams {s.dreams} of --horizon {s.horizon} are {s.dreams * s.horizon:,} "
+                      f"steps, and {2**24:,} are the most that torch finds a quantile of.")
     windows = {"--batch": (s.batch, s.length)}
     if s.dream_from == "contexts":
         windows["--dreams"] = s.dreams, s.context
@@ -1056,6 +1056,8 @@ def command_line(command, argv: list[str] | None = None, name: str = "drama.py")
                 raise
             print(f"{name}: {text}", file=sys.stderr)
             return 2 if isinstance(error, Mistake) else 1
+        finally:
+            sys.stdout.flush()  # here, where it cannot fail
     return 0
 
 
