@@ -418,7 +418,8 @@ def train(run: Run, folder: Folder, stop: Stop):
             if run.counted == s.log_every or run.counted and run.step == s.steps:
                 log_metrics(run, folder)
             left = tqdm.format_interval((s.steps - run.step) / run.pace)
-            bar.set_postfix_str(f"{run.pace:.2f} step/s, {left} left{run.summary}", refresh=False)
+            doing = f"{run.pace:.2f} step/s, {left} left{run.summary}"
+            bar.set_postfix_str(doing if run.step > s.learning_starts else "random play", False)
             bar.update()
             if stop.asked or run.step == s.steps or time.monotonic() - saved > 60 * s.save_minutes:
                 save(run, folder)
