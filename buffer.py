@@ -37,6 +37,8 @@ import struct
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 import zlib
 from collections import deque
 from importlib.metadata import version
@@ -62,6 +64,22 @@ class Mistake(Exception):
 
 class Stopped(Exception):
     """A run that cannot go on, and why. Exit code 1."""
+
+
+@contextlib.contextmanager
+def in_one_sentence(what: str):
+    """Around code of others: its warnings are silent, its errors a Mistake, with their place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Mistake:
+        raise
+    except Exception as error:
+        at, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
+        words = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
+        place = f"{Path(at.filename).name}, line {at.lineno}"
+        raise Mistake(f"{what}: {words} ({kind} in {place}).") from error
 
 
 SCHEMA = dict(  # name = shape of a step, dtype kept, dtype in a batch

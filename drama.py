@@ -16,16 +16,15 @@ import ast
 import contextlib
 import difflib
 import functools
-import importlib.util
 import math
 import os
 import platform
 import re
+import runpy
 import shutil
 import signal
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -42,14 +41,15 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 from tqdm import tqdm
 
 from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fast_precision
 from agent import keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Console, Folder, Mistake, Replay, Stop
-from buffer import Stopped, human_normalised, kept_evaluation, known_scores, versions, write_json
-from buffer import write_png
+from buffer import Stopped, human_normalised, in_one_sentence, kept_evaluation, known_scores
+from buffer import versions, write_json, write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -183,7 +183,8 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
     """
     if s.game in AtariGame.names():
         return AtariGame(s.game, copies, film)
-    return GymnasiumGame(gymnasium_maker(s.game, s.game_args), copies, s.action_repeat)
+    make = functools.partial(make_gymnasium, s.game, s.game_args)
+    return GymnasiumGame(make, copies, s.action_repeat)
 
 
 class AtariGame:
@@ -353,9 +354,8 @@ def update_world_model(run: Run, batch: Batch):
 
 
 def update_agent(run: Run, batch: Batch, z: Tensor, good: Tensor):
-    """One update of actor and critic in dreams that start in the model's batch, whose latents are
-    z, or after the contexts of another; not if the model's was no `good` -> metrics, was it taken.
-    """
+    """One update of actor and critic, if the model's was `good`, in dreams from its batch, whose
+    latents are z, or after the contexts of another -> metrics, was it taken."""
     s, model, agent, trajectory = run.settings, run.model, run.agent, None
     buffers = [buffer.clone() for buffer in agent.buffers()]
     with run.autocast():
@@ -642,39 +642,44 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
 # ---------------------------------------------------------------- any Gymnasium game
 
 
-def gymnasium_maker(name: str, arguments: str):
-    """`CarRacing-v3`, `module:Id-v0` or `my_game.py:MyGame`, and `continuous=False,map=E1M1` -> a
-    function that makes the game."""
+run_once = functools.cache(runpy.run_path)
+
+
+def make_gymnasium(name: str, arguments: str = "") -> gymnasium.Env:
+    """Of `CarRacing-v3`, `module:Id-v0` or `my_game.py:MyGame`, with `continuous=False,map=E1`."""
     try:
-        words = ast.parse(f"dict({arguments})", mode="eval").body.keywords
-        options = {w.arg: getattr(w.value, "id", None) or ast.literal_eval(w.value) for w in words}
-    except (SyntaxError, ValueError):
-        raise Mistake(f"--game-args {arguments!r} is not NAME=VALUE,NAME=VALUE; what is neither a "
+        call = ast.parse(f"dict({arguments})", mode="eval").body
+        options = {word.arg: getattr(word.value, "id", None) or ast.literal_eval(word.value)
+                   for word in call.keywords + call.args} | {"disable_env_checker": True}
+    except (SyntaxError, ValueError, AttributeError):
+        raise Mistake(f"--game-args {arguments!r} is not name=value,name=value; what is neither a "
                       "number nor a plain word stands in quotes.") from None
-    file, _, title = name.rpartition(":")
-
-    def make():
-        if name == "Dot":
-            return Dot()
+    game, (file, _, title) = name, name.rpartition(":")
+    if title.endswith(".py"):
+        raise Mistake(f"{name} needs the name of its class or function: {name}:MyGame.")
+    with in_one_sentence(f"{name} cannot be made"):
+        if name == "Dot" or file.endswith(".py"):
+            sys.path.append(str(Path(file).parent))  # for what the file imports
+            game = EnvSpec(title, entry_point=run_once(file)[title] if file else Dot)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if file.endswith(".py"):
-                    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-                    module = importlib.util.module_from_spec(spec)
-                    spec.loader.exec_module(module)
-                    return getattr(module, title)(**options)
-                return gymnasium.make(name, disable_env_checker=True,
-                                      **{"render_mode": "rgb_array"} | options)
-        except Exception as error:
-            raise Mistake(f"the game {name} cannot be made: {type(error).__name__}: "
-                          f"{str(error).strip().splitlines()[0]}") from error
+            return gymnasium.make(game, **{"render_mode": "rgb_array"} | options)
+        except Exception:  # it may know no render_mode, and need none
+            return gymnasium.make(game, **options)
 
-    return make
+
+def rgb(picture) -> np.ndarray:
+    """A picture as games give it -> (H, W, 3) uint8, a copy: many draw into one buffer."""
+    picture = np.atleast_3d(picture)
+    if picture.dtype.kind in "bf" and 0 <= picture.min() <= picture.max() <= 1:
+        picture = np.rint(picture * 255.0).astype(np.uint8)
+    if picture.dtype != np.uint8 or picture.shape[2:] not in ((1,), (3,)):
+        raise Mistake("the game shows no picture: neither what it observes nor what it renders is "
+                      "(height, width, 3) in uint8, bool or floats of 0 to 1.")
+    return np.broadcast_to(picture, (*picture.shape[:2], 3)).copy()
 
 
 class GymnasiumGame:
-    """Copies of a Gymnasium game; `make` returns a new environment of it.
+    """Copies of a Gymnasium game; `make()` returns a new environment of it.
 
     A frame is the observation, or its only entry, that is a picture (32 pixels or more a side:
     less may be codes), or else what the game renders, reduced to 64 x 64 by area. A time limit is
@@ -687,22 +692,23 @@ class GymnasiumGame:
         self.envs, self.action_repeat = [make()], action_repeat
         actions, seen = self.envs[0].action_space, self.envs[0].observation_space
         if not isinstance(actions, spaces.Discrete):
-            raise Mistake(f"its actions are {type(actions).__name__}, not Discrete, as they are with "
-                          "continuous=False (CarRacing), max_buttons_pressed=1 (ViZDoom) or "
-                          "use_restricted_actions=retro.Actions.DISCRETE (stable-retro).")
+            raise Mistake(f"the game's actions are {type(actions).__name__}, and only Discrete is "
+                          "learned; some games have that too: continuous=False (CarRacing), "
+                          "max_buttons_pressed=1 (ViZDoom), retro.Actions.DISCRETE (stable-retro).")
         self.actions, self.first_action = int(actions.n), int(actions.start)
         entries = dict(seen) if isinstance(seen, spaces.Dict) else {"": seen}
         pictures = [name for name, space in entries.items() if isinstance(space, spaces.Box)
                     and space.dtype == np.uint8 and space.shape[2:] in ((), (1,), (3,))
                     and min((*space.shape, 0)[:2]) >= 32]
         self.entry = pictures[0] if len(pictures) == 1 else None  # "": all of it; None: render()
-        self.look()
+        with in_one_sentence("the game cannot be played"):
+            self.look()
         self.envs += [make() for _ in range(copies - 1)]
 
     def look(self, steps: int = 100):
         """Play at random until something is seen to move, and note in words what is seen."""
         rng, first = np.random.default_rng(0), self.reset([0])
-        name = "render()" if self.entry is None else f"observation {self.entry}".strip()
+        name = {None: "render()", "": "observation"}.get(self.entry, f"observation {self.entry!r}")
         self.source = "{}, {} x {}".format(name, *self.shown.shape)
         for step in range(steps):
             frame, _, _, done = self.step(rng.integers(self.actions, size=1))
@@ -716,17 +722,11 @@ class GymnasiumGame:
 
     def frame_of(self, copy: int, seen) -> np.ndarray:
         """What a copy observes or renders -> (64, 64, 3) uint8; the first's picture is kept."""
-        picture = np.atleast_3d(self.envs[copy].render() if self.entry is None else
-                                seen[self.entry] if self.entry else seen)
-        if picture.dtype.kind in "bf" and 0 <= picture.min() <= picture.max() <= 1:
-            picture = np.rint(picture * 255.0).astype(np.uint8)
-        if picture.dtype != np.uint8 or picture.shape[2:] not in ((1,), (3,)):
-            raise Mistake("the game shows no picture: neither what it observes nor what it renders "
-                          "is (height, width, 3) in uint8, bool or floats of 0 to 1.")
-        picture = np.broadcast_to(picture, (*picture.shape[:2], 3)).copy()  # or it may change
+        seen = self.envs[copy].render() if self.entry is None else seen
+        picture = rgb(seen[self.entry] if self.entry else seen)
         self.shown = picture if copy == 0 else self.shown
-        image = torch.from_numpy(picture).permute(2, 0, 1).float()
-        image = torch.nn.functional.interpolate(image[None], (64, 64), mode="area")[0]
+        image = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
+        image = torch.nn.functional.interpolate(image, (64, 64), mode="area")[0]
         return image.round().byte().permute(1, 2, 0).numpy()
 
     def reset(self, seeds) -> np.ndarray:
@@ -779,8 +779,7 @@ BELONGS = dict(tau=("sampling", "dfs"), head_dim=("backbone", "mamba2"),
                harmony_lr=("harmony", True), context=("dream_from", "contexts"),
                replay_critic=("dream_from", "batch"))
 MAY_CHANGE = ("steps", "device", "threads", "replay_device", "save_minutes", "eval_episodes")
-MOVED = {"--model-check": "check RUN", "--curves": "curves RUN", "--bench": "bench",
-         "--graphs": "graphs"}
+MOVED = dict(model_check="check RUN", curves="curves RUN", bench="bench", graphs="graphs")
 
 
 def game_title(text: str) -> str:
@@ -901,8 +900,8 @@ class Parser(argparse.ArgumentParser):
                                                 for name, equals, value in words])
         if unknown:
             word = unknown[0].split("=")[0]
-            if word in MOVED:
-                raise Mistake(f"{word} is a tool of its own now: python -m tools.{MOVED[word]}")
+            if tool := MOVED.get(word[2:].replace("-", "_")):
+                raise Mistake(f"{word} is a tool of its own now: python -m tools.{tool}")
             known = [name for action in self._actions for name in action.option_strings]
             near = difflib.get_close_matches(word, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see --help."
