@@ -708,7 +708,7 @@ class LaProp(torch.optim.Optimizer):
                                          step=p.new_zeros(()))
             m, v, steps = ([self.state[p][name] for p in params] for name in ("m", "v", "step"))
             gradient = [torch.where(good > 0, p.grad, 0.0) for p in params]
-            torch._foreach_add_(steps, good)
+            torch._foreach_add_(steps, [good] * len(steps))  # a scalar would be read by the host
             k = steps[0].clamp(min=1)  # one for all, who learn in every update
             new1, new2 = (good * (1 - b) for b in group["betas"])  # shares of what is new
             grown1, grown2 = (-torch.expm1(k * math.log(b)) for b in group["betas"])  # 1 - b^k
@@ -747,10 +747,10 @@ def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor,
     loss.backward()
     weights, *rest = (group["params"] for group in optimizer.param_groups)
     norm = nn.utils.clip_grad_norm_(weights, max_grad_norm)
-    total = loss.detach() + norm + sum(p.grad.sum() for params in rest for p in params)
-    good = torch.isfinite(total) & good
+    norm = norm + 0 * sum(p.grad.sum() for params in rest for p in params)  # not finite if they are
+    good = torch.isfinite(loss.detach() + norm) & good
     optimizer.found_inf = (~good).float()
-    if total.device.type != "mps" or good:  # whose fused Adam overlooks found_inf
+    if norm.device.type != "mps" or good:  # whose fused Adam overlooks found_inf
         optimizer.step()
     for buffer, before in zip(module.buffers(), buffers):
         buffer.copy_(torch.where(good, buffer, before))

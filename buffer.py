@@ -466,9 +466,9 @@ class Folder:
                 raise Mistake(f"{self.path} holds other things ({', '.join(others[:3])}) and no "
                               "save: give --run an empty or a new folder.")
         try:
-            new = [path for path in (self.path, *self.path.parents) if not path.exists()]
+            missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            for path in new:
+            for path in missing:
                 sync_folder(path.parent)
             self.lock = open(self.path / "lock", "a")
         except OSError as error:
@@ -524,9 +524,9 @@ class Folder:
             with open(self.path / f"{name}.csv", "a" if begun else "w") as file:
                 file.write(waiting + line)
         except PermissionError:  # on Windows, while a spreadsheet shows it: with the next row, then
+            self.unwritten[name] = waiting + line
             if os.name == "posix":
                 raise
-            self.unwritten[name] = waiting + line
 
     def rewrite_tables(self):
         """Rows newer than the save will come again."""
