@@ -577,7 +577,7 @@ def evaluate(s: Settings, player: Player) -> list[dict]:
                 length += ~over
                 score, over = score + move.reward, move.over
                 earned = step if move.reward.any() else earned
-                bar.set_postfix_str(f"{over.sum()} of {copies} over, mean so far {score.mean():.1f}"
+                bar.set_postfix_str(f"{over.sum()} of {copies} over, mean {score.mean():,.6g}"
                                     f", nothing earned for {step - earned} steps", refresh=False)
         except KeyboardInterrupt:
             print(f"ended early: {over.sum()} of {copies} episodes were over, and only they count")
@@ -596,16 +596,17 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         write_json(path, dict(
             game=s.game, preset=s.preset, seed=s.seed, step=state["step"], scores=scores, **lists,
             act_on=player.act_on, last_training_scores=last, versions=versions()))
+    digits = 1 if max(map(abs, scores + last), default=0) >= 100 else 3
     table = {"game": s.game, "steps trained": f"{state['step']:,}",
              "actor sees": f"{player.act_on} latent",
              "episodes": f"{len(scores)} of {s.eval_episodes} begun, sampled actions"}
     if scores:
         error = np.std(scores) / max(1, len(scores) - 1) ** 0.5
-        table["final score"] = f"{np.mean(scores):,.1f}, standard error {error:,.1f}"
+        table["final score"] = f"{np.mean(scores):,.{digits}f}, standard error {error:,.{digits}f}"
         table["lowest, highest"] = f"{min(scores):,.10g}, {max(scores):,.10g}"
     if last:
         short = " (the paper's protocol takes 5)" * (len(last) < 5)
-        table["in training"] = f"{np.mean(last):,.1f}, mean of the last {len(last)} episodes{short}"
+        table["in training"] = f"{np.mean(last):,.{digits}f}, last {len(last)} episodes{short}"
     if known and scores:
         normalised = round(human_normalised(s.game, np.mean(scores)), 1) + 0.0  # never -0.0
         table["human-normalised"] = f"{normalised:.1f} %"
@@ -986,7 +987,7 @@ def train_command(flags: dict):
             _, scores = kept_evaluation(result)
             if len(scores) >= s.eval_episodes:
                 return print(f"finished: {s.preset}, {s.steps:,} steps, mean score "
-                             f"{np.mean(scores):,.1f}, episodes: {len(scores)} ({result}). More "
+                             f"{np.mean(scores):,.10g}, episodes: {len(scores)} ({result}). More "
                              f"--steps go on; --eval {folder.path} --eval-episodes N plays more.")
         run = Run(s, device)
         if resuming:

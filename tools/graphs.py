@@ -73,7 +73,7 @@ def launch_graphs(make=Graph):
 
 def check(updates: int = 30):
     """Weights after the same updates with graphs and without, and the time of each."""
-    plain = {name: getattr(drama, name) for name in UPDATES}
+    before = {name: getattr(drama, name) for name in UPDATES}
     weights, seconds = {}, {}
     torch.backends.cudnn.deterministic = True  # or a latent might be drawn otherwise
     for kind in ("plain", "graphs"):
@@ -94,13 +94,14 @@ def check(updates: int = 30):
         weights[kind] = tree_leaves([run.model.state_dict(), run.agent.state_dict()])
         seconds[kind] = statistics.median(times[updates // 2 :])
         launch_graphs()
-    for name, update in plain.items():
+    for name, update in before.items():
         setattr(drama, name, update)
     apart = max(((a - b).abs().max() / (1 + b.abs().max())).item()
                 for a, b in zip(weights["graphs"], weights["plain"]) if a.is_floating_point())
-    print(f"{torch.cuda.get_device_name()}: an update of laptop takes {1e3 * seconds['plain']:.1f} ms, "
-          f"{1e3 * seconds['graphs']:.1f} ms from graphs; after {updates} updates weights differ by "
-          f"{apart:.1e} at most, of the largest in a tensor")
+    plain, graphs = (1e3 * seconds[kind] for kind in ("plain", "graphs"))
+    print(f"{torch.cuda.get_device_name()}: an update of laptop takes {plain:.1f} ms, {graphs:.1f} ms "
+          f"from graphs; after {updates} updates weights differ by {apart:.1e} at most, of the "
+          "largest in a tensor")
 
 
 def run_command(argv: list[str]):

@@ -21,19 +21,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drama import Mistake
+from buffer import RENAMED, Mistake, known_scores
 
-SOURCE = Path(__file__).parent.parent / "results" / "atari100k.csv"
-with open(SOURCE, encoding="utf-8") as source:  # game -> {"random": ..., "human": ..., agent: ...}
-    PUBLISHED = {row.pop("game"): {name: float(score) for name, score in row.items()}
-                 for row in csv.DictReader(source)}
+PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
 AGENTS = list(PUBLISHED["Alien"])[2:]
 DRAMA = ["Drama_XS_DFS", "Drama_XS_uniform"]  # stand beside ours, the others in a table below
 PROTOCOLS = {"evaluation": "evaluation", "training": "last five in training"}
 AGGREGATES = ["mean", "median", "IQM", "optimality gap"]
 # Runs that are averaged may differ in which run it is, and where and how it was run
 MAY_DIFFER = {"game", "seed", "steps", "preset", "device", "threads", "graphs", "replay_device",
-              "save_minutes", "log_every", "eval_episodes"}
+              "save_minutes", "log_every", "eval_episodes", "game_args", "action_repeat"}
 
 # ---------------------------------------------------------------- reading
 
@@ -56,7 +53,8 @@ def rows_of(path: Path) -> list[dict]:
 
 def read_run(folder: Path) -> Run:
     try:
-        s = {"preset": ""} | json.loads((folder / "settings.json").read_bytes())
+        saved = {"preset": ""} | json.loads((folder / "settings.json").read_bytes())
+        s = {RENAMED.get(name, name): value for name, value in saved.items()}
         episodes = rows_of(folder / "episodes.csv")
         curve = [(int(row["step"]), float(row["score"])) for row in episodes]
         tests = [json.loads(path.read_bytes()) for path in folder.glob("evaluation-*.json")]
@@ -140,9 +138,10 @@ def interquartile_mean(scores: list[np.ndarray]) -> np.ndarray:
     game of fewer seeds weighs as much as the others: its scores count several times."""
     most = math.lcm(*(game.shape[-1] for game in scores))
     times = np.concatenate([np.full(game.shape[-1], most // game.shape[-1]) for game in scores])
-    pooled, cut = np.concatenate(scores, -1), times.sum() // 4
+    pooled, quarter = np.concatenate(scores, -1), times.sum() // 4
     order = pooled.argsort(-1)
-    kept = np.diff(times[order].cumsum(-1).clip(cut, times.sum() - cut), prepend=cut)
+    kept = np.diff(times[order].cumsum(-1).clip(quarter, times.sum() - quarter),
+                   prepend=quarter)
     return (np.take_along_axis(pooled, order, -1) * kept).sum(-1) / kept.sum(-1)
 
 
@@ -234,7 +233,7 @@ def write_csv(path: Path, groups: dict):
              run.scores[protocol].mean(), standard_error([run], protocol), run.folder)
             for (name, step, protocols), games in groups.items()
             for run in sum(games.values(), []) for protocol in protocols]
-    rows += [(agent, game, "", 100_000, "published", "", score, "", SOURCE.name)
+    rows += [(agent, game, "", 100_000, "published", "", score, "", "atari100k.csv")
              for game in sorted({row[1] for row in rows} & PUBLISHED.keys())
              for agent, score in PUBLISHED[game].items()]
     with open(path, "w", newline="", encoding="utf-8") as file:
