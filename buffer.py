@@ -417,10 +417,10 @@ def not_finite(values, name: str) -> list[str]:
             if isinstance(value, (Tensor, float)) and not torch.as_tensor(value).isfinite().all()]
 
 
-def spelled_cell(value) -> str:
-    """A cell of a table: counts and whole scores in full, others to nine digits."""
+def in_digits(value, comma: str = "") -> str:
+    """A number, in full if it is whole, else to nine digits; a text as it is."""
     if isinstance(value, float):
-        return f"{value + 0.0:.0f}" if value.is_integer() else f"{value:.9g}"
+        return f"{value + 0.0:{comma}.{'0f' if value.is_integer() else '9g'}}"
     return str(value)
 
 
@@ -516,7 +516,7 @@ class Folder:
             lines, header = text.splitlines()[1:], header + new
             text = "\n".join([",".join(header), *(line + "," * len(new) for line in lines), ""])
             write_file(self.path / f"{name}.csv", text.encode())
-        line = ",".join(spelled_cell(row.get(column, "")) for column in header) + "\n"
+        line = ",".join(in_digits(row.get(column, "")) for column in header) + "\n"
         begun = name in self.tables  # else a file of that name is what a kill left behind
         waiting = self.unwritten.pop(name, "" if begun else text)
         self.tables[name] = text + line

@@ -48,8 +48,8 @@ from tqdm import tqdm
 from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fast_precision
 from agent import keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Console, Folder, Mistake, Replay, Stop
-from buffer import Stopped, human_normalised, in_one_sentence, kept_evaluation, known_scores
-from buffer import versions, write_json, write_png
+from buffer import Stopped, human_normalised, in_digits, in_one_sentence, kept_evaluation
+from buffer import known_scores, versions, write_json, write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -472,7 +472,8 @@ def end_episode(run: Run, folder: Folder):
     folder.append("episodes", dict(
         step=run.step + 1, score=run.score, length=run.episode_length,
         human_normalised="" if normalised is None else normalised))
-    tqdm.write(f"step {run.step + 1:,}: score {run.score:,.10g} in {run.episode_length} steps")
+    score = in_digits(run.score, ",")
+    tqdm.write(f"step {run.step + 1:,}: score {score} in {run.episode_length} steps")
     run.scores.append(run.score)
     run.begin_episode(run.episode + 1)
 
@@ -603,7 +604,7 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
     if scores:
         error = np.std(scores) / max(1, len(scores) - 1) ** 0.5
         table["final score"] = f"{np.mean(scores):,.{digits}f}, standard error {error:,.{digits}f}"
-        table["lowest, highest"] = f"{min(scores):,.10g}, {max(scores):,.10g}"
+        table["lowest, highest"] = ", ".join(in_digits(f(scores), ",") for f in (min, max))
     if last:
         short = " (the paper's protocol takes 5)" * (len(last) < 5)
         table["in training"] = f"{np.mean(last):,.{digits}f}, last {len(last)} episodes{short}"
@@ -637,7 +638,7 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
             shown = time.monotonic()
     write_png(path, film, per_second=15)
     span = "the episode" if move.over[0] else f"its first {limit} steps"
-    print(f"score {score:,.10g} in {span}: {path} is an animated PNG, which any browser shows")
+    print(f"score {in_digits(score, ',')} in {span}: {path} is an animated PNG for any browser")
 
 
 # ---------------------------------------------------------------- any Gymnasium game
@@ -737,7 +738,7 @@ class GymnasiumGame:
         return self.frames.copy()
 
     def step(self, actions):
-        rewards, self.steps = np.zeros(len(self.envs), np.float32), self.steps + 1
+        rewards, self.steps = np.zeros(len(self.envs)), self.steps + 1
         for copy in np.flatnonzero(~self.done):  # a copy that is done stands still
             for _ in range(self.action_repeat):
                 action = int(actions[copy]) + self.first_action
@@ -758,8 +759,7 @@ class GymnasiumGame:
 class Dot(gymnasium.Env):
     """A hello world: the left or the right half is white; naming it is worth 1, fifty times."""
 
-    action_space = spaces.Discrete(2)
-    observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space, observation_space = spaces.Discrete(2), spaces.Box(0, 255, (64, 64, 3), np.uint8)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -987,7 +987,7 @@ def train_command(flags: dict):
             _, scores = kept_evaluation(result)
             if len(scores) >= s.eval_episodes:
                 return print(f"finished: {s.preset}, {s.steps:,} steps, mean score "
-                             f"{np.mean(scores):,.10g}, episodes: {len(scores)} ({result}). More "
+                             f"{np.mean(scores):,.9g}, episodes: {len(scores)} ({result}). More "
                              f"--steps go on; --eval {folder.path} --eval-episodes N plays more.")
         run = Run(s, device)
         if resuming:

@@ -2329,7 +2329,7 @@ def test_scores_are_kept_whole(monkeypatch, tmp_path, capsys):
     (1234567.0, "1234567"), (12345678901.0, "12345678901"), (0.1 + 0.2, "0.3"), (-0.0, "0"),
     (7, "7"), (1e-5, "1e-05"), ("", "")])  # fmt: skip
 def test_a_cell_holds_counts_in_full_and_others_to_nine_digits(value, cell):
-    assert buffer.spelled_cell(value) == cell
+    assert buffer.in_digits(value) == cell
 
 
 def test_the_table_rounds_to_no_negative_zero_and_counts_its_episodes(run_folder, fake, capsys):

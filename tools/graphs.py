@@ -99,7 +99,7 @@ def check(updates: int = 30):
     apart = max(((a - b).abs().max() / (1 + b.abs().max())).item()
                 for a, b in zip(weights["graphs"], weights["plain"]) if a.is_floating_point())
     plain, graphs = (1e3 * seconds[kind] for kind in ("plain", "graphs"))
-    print(f"{torch.cuda.get_device_name()}: an update of laptop takes {plain:.1f} ms, {graphs:.1f} ms "
+    print(f"{torch.cuda.get_device_name()}: an update of laptop takes {plain:.1f} ms, {graphs:.1f} "
           f"from graphs; after {updates} updates weights differ by {apart:.1e} at most, of the "
           "largest in a tensor")
 
