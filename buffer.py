@@ -650,7 +650,7 @@ def no_run(path: Path) -> Mistake:
 def known_scores() -> dict[str, dict[str, float]]:
     """Game -> scores of random play, a human and published agents, from results/ if it is there."""
     path = Path(__file__).parent / "results" / "atari100k.csv"
-    rows = csv.DictReader(path.open()) if path.exists() else []
+    rows = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
     return {row.pop("game"): {name: float(cell) for name, cell in row.items()} for row in rows}
 
 

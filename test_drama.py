@@ -2641,9 +2641,9 @@ def changed(value):
         return value - 1
     if not isinstance(value, torch.Tensor):
         return value
-    if value.is_floating_point():
-        return value + 1
-    return {torch.bool: ~value, torch.uint8: 255 - value}.get(value.dtype, (value + 1) % 4)
+    if value.dtype == torch.bool:
+        return ~value
+    return (value + 1) % 4 if value.dtype in (torch.int32, torch.int64) else value + 1
 
 
 def change(thing, run, state, files):
@@ -2679,7 +2679,7 @@ SAVED += ["logs.metrics", "logs.episodes", "chunk.replay-000.npz", "chunk.replay
 
 @pytest.mark.parametrize("thing", SAVED)
 def test_any_one_saved_thing_that_is_changed_shows(thing, reference, tiny, runs, tmp_path):
-    """... in every later save, and so nothing is saved that is not read back."""
+    """... in the next save: all that is saved is read back, and the tests above would notice."""
     seen, copies, _ = reference
     shutil.copytree(copies / str(STOPPED), tmp_path / "run")
     resume = Folder.resume
@@ -2689,8 +2689,8 @@ def test_any_one_saved_thing_that_is_changed_shows(thing, reference, tiny, runs,
         resume(folder, manifest, state, files, replay)
 
     tiny.setattr(Folder, "resume", forgetful)
-    later, code = go_on(tiny, tmp_path / "run", STOPPED + 3)
-    assert code == 0 and len(later) >= 3 and not any(seen[step] == later[step] for step in later)
+    later, code = go_on(tiny, tmp_path / "run", STOPPED + 1)
+    assert code == 0 and later.popitem()[1] != seen[STOPPED + 1]
 
 
 def test_the_list_of_saved_things_is_complete(reference, tiny):
@@ -2957,6 +2957,8 @@ def test_no_damage_is_silent(name, falls_back, reference, tiny, tmp_path, capsys
 def untimed(folder):
     """Like `loaded`, but for what is never the same twice."""
     manifest, state, _ = Folder(folder).load()
+    for part in drama.LEARNING[2:]:
+        state["learning"][part].pop("param_groups")
     return digest([manifest["step"], state | dict(seconds=0, cpu_seconds=0, logs="")])
 
 
@@ -3307,7 +3309,7 @@ def test_a_signal_that_the_parent_ignored_stays_ignored():
 def program(folder, *flags, python=(), **options):
     """python drama.py in a process of its own, with Python's usual buffers."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    argv = [*TINY, "--game", "Dot", "--steps", "200", "--run", str(folder), *flags]
+    argv = [*TINY, "--game", "Dot", "--steps", "100", "--run", str(folder), *flags]
     return subprocess.Popen([sys.executable, *python, str(HERE / "drama.py"), *argv],
                             env=env | options.pop("env", {}), **options)
 
@@ -3316,6 +3318,7 @@ def program(folder, *flags, python=(), **options):
 def terminal():
     """Both ends of one: what the user has, and what a program gets."""
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
     yield master, dict(stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     for end in (master, slave):
         with contextlib.suppress(OSError):
@@ -3332,7 +3335,7 @@ def read_until(master, words, process):
 
 
 def evaluated(folder):
-    return len(json.loads((folder / "evaluation-000200.json").read_text())["scores"]) == 1
+    return len(json.loads((folder / "evaluation-000100.json").read_text())["scores"]) == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pty")
@@ -3377,12 +3380,12 @@ def test_no_write_to_the_console_ends_a_run(tmp_path):
     both = [program(tmp_path / "full", **quiet), program(tmp_path / "closed", **closed)]
     piped.stdout.read(1)
     piped.stdout.close()
-    both += [program(tmp_path / "full", "--steps", "220", **quiet)] if not both[0].wait() else []
+    both += [program(tmp_path / "full", "--steps", "110", **quiet)] if not both[0].wait() else []
     assert [piped.wait(), *(each.wait() for each in both)] == [0, 0, 0, 0]
     assert [each.stderr.read() for each in both if each.stderr] == [b"", b""]
     assert all(evaluated(tmp_path / name) for name in ("piped", "full", "closed"))
     rows = list(csv.DictReader(open(tmp_path / "full" / "metrics.csv")))
-    assert rows[-1]["step"] == "217" and all(float(row["steps_per_second"]) > 0 for row in rows)
+    assert rows[-1]["step"] == "110" and all(float(row["steps_per_second"]) > 0 for row in rows)
 
 
 # ---------------------------------------------------------------- the files themselves
