@@ -182,6 +182,8 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
     lead to the same frames: that is how a run is resumed.
     """
     if s.game in AtariGame.names():
+        if s.game_args or s.action_repeat > 1:
+            raise Mistake("--game-args and --action-repeat belong to a Gymnasium game, not to Atari.")
         return AtariGame(s.game, copies, film)
     make = functools.partial(make_gymnasium, s.game, s.game_args)
     return GymnasiumGame(make, copies, s.action_repeat)

@@ -1228,9 +1228,9 @@ def test_the_score_table_gives_the_papers_means():
 
 
 def test_human_normalised():
-    assert drama.human_normalised("Pong", 15) == pytest.approx(100)
-    assert drama.human_normalised("KungFuMaster", 258) == 0
-    assert drama.human_normalised("Breakout", 9) == pytest.approx(25)
+    assert drama.human_normalised("Pong", 14.6) == pytest.approx(100)
+    assert drama.human_normalised("KungFuMaster", 258.5) == 0
+    assert drama.human_normalised("Breakout", 8.9) == pytest.approx(25)
     assert drama.human_normalised("Tetris", 9) is None
 
 
@@ -1405,7 +1405,7 @@ def test_every_game_of_the_table_is_known_by_its_title():
 
 
 @pytest.mark.parametrize("name, says", [
-    ("Braekout", "mean Breakout.*--list-games"), ("CarRacing-v", "mean CarRacing-v3"),
+    ("Braekout", "mean Breakout.*--list-games"), ("CarRacing-v", "or CarRacing-v3"),
     ("Combat", "no game 'Combat'"), ("", "no game ''")])  # fmt: skip
 def test_a_wrong_name_is_answered_with_the_nearest(name, says):
     with pytest.raises(Mistake, match=says):
@@ -1492,6 +1492,7 @@ def test_D13_only_a_decrease_of_lives_is_terminal_and_truncation_is_not(monkeypa
 
 def test_D12_the_environment_is_that_of_the_protocol(monkeypatch):
     monkeypatch.setattr(drama, "AtariVectorEnv", ScriptedEnv)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)  # where the system does not tell
     protocol = dict(grayscale=False, stack_num=1, frameskip=4, maxpool=True, noop_max=30,
                     episodic_life=False, reward_clipping=False, use_fire_reset=False,
                     repeat_action_probability=0.0, full_action_space=False,
@@ -1515,8 +1516,8 @@ def test_a_film_shows_the_game_that_is_played(monkeypatch):
     for action in (1, 2, 2, 0, 3, 3, 3, 0, 2, 1):
         frame, screen = game.step([action])[0][0], game.picture()
         assert screen.shape == (210, 160, 3)
-        reduced = np.einsum("yh,xw,hwc->yxc", by_area(210, 64), by_area(160, 64), screen)
-        assert np.abs(reduced - frame).max() < 1
+        reduced = by_area(210, 64) @ screen.transpose(2, 0, 1) @ by_area(160, 64).T
+        assert np.abs(reduced - frame.transpose(2, 0, 1)).max() < 1
 
 
 # ---- any Gymnasium game
@@ -1525,6 +1526,8 @@ def test_a_film_shows_the_game_that_is_played(monkeypatch):
 @pytest.mark.parametrize("flags, says", [
     ("--game missing.py:Game", "missing.py:Game cannot be made: FileNotFoundError"),
     ("--game missing:Game-v0", "missing:Game-v0 cannot be made: ModuleNotFoundError"),
+    ("--game Pong --action-repeat 2", "--action-repeat belong to a Gymnasium game"),
+    ("--game Pong --game-args size=8", "--game-args and .* belong to a Gymnasium game"),
 ])  # fmt: skip
 def test_a_game_that_cannot_be_made_is_refused(flags, says, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "run"), *flags.split()], says)
@@ -2569,7 +2572,8 @@ class TapedFile:
         if not self.file.closed:
             self.tape.names.pop(self.file.fileno(), None)
             try:
-                self.tape.note("close", self.name)
+                if self.name != "lock":  # which holds nothing, and is closed when all is done
+                    self.tape.note("close", self.name)
             finally:
                 self.file.close()
 
@@ -2987,7 +2991,8 @@ def test_an_error_at_any_file_operation_ends_the_run_and_keeps_the_save(referenc
         assert code in (1, 2) and said.startswith("drama.py: ") and says in said, where
         step = expected[untimed(folder)]  # as it was, or as it was meant
         if code == 1:  # else there was no lock to be had, and nothing was done
-            assert int(re.search(r"last good save is that of step (\d+)", said)[1]) <= step, where
+            good = re.search(r"last good save is that of step (\d+)", said)
+            assert good and int(good[1]) <= step, where
         assert not list(folder.glob("*.tmp")), where
         shutil.rmtree(folder)
     assert at > 60
