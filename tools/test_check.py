@@ -1,0 +1,237 @@
+"""The check's figures, held against numbers worked out by hand."""
+
+import json
+import math
+import os
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+from agent import Dream, Player
+from buffer import Replay
+from test_drama import FakeGame, close, command, contents, fake, finished, png_chunks, run_folder
+from test_drama import tiny_settings
+
+import drama
+from tools import check
+
+
+def refused(capsys, main, argv, says):
+    """One sentence on stderr, exit code 2."""
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 2
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1 and err.startswith("tools.") and not out
+    assert re.search(says, err), err
+
+
+def two(p):
+    return torch.stack([p, 1 - p], -1).unsqueeze(-2)  # (..., 1, 2)
+
+
+def kl_by_hand(p, q):
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+class Oracle:
+    """A model that dreams what happens in `counted`: the frame is the sum of the actions so far."""
+
+    def images(self, frame):
+        return frame.flatten(end_dim=-4).movedim(-1, -3).float() / 255
+
+    def posterior(self, image):
+        return two(0.2 + image[:, 1, 0, 0] / 2)
+
+    def prior(self, d):
+        return two(0.4 + d[:, 0] / 100)
+
+    def starts_from_contexts(self, batch):
+        self.opened = batch.first
+        return batch.frame[:, -1, 0, 0, 0].int()  # what the last frame of the context shows
+
+    def imagine(self, start, horizon, policy):
+        actions = [policy(t, None, None) for t in range(horizon)]
+        z = [start + sum(actions[:t]) for t in range(horizon + 1)]
+        d_past = torch.arange(horizon + 1.0)[:, None, None].expand(-1, len(start), 1)
+        actions = torch.stack(actions)
+        return Dream(torch.stack(z), d_past, actions, actions.float(), (actions == 9).float())
+
+    def decode(self, z):
+        return (z / 255).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+
+
+def player_of(model, half):
+    return types.SimpleNamespace(model=model, half=half, d_past=torch.zeros(1, 1))
+
+
+def counted(*episodes):
+    """Episodes in which action a adds a to every pixel, earns a, and 9 ends a life."""
+    replay = Replay(sum(map(len, episodes)))
+    for actions in episodes:
+        for t, a in enumerate(actions):
+            frame = torch.full((64, 64, 3), sum(actions[:t]), dtype=torch.uint8)
+            replay.add(frame=frame, action=a, reward=float(a), terminal=a == 9, first=t == 0)
+    return replay
+
+
+LONG, SHORT = [9, 0, 20] * 7 + [9], [0] * 4 + [30] * 6  # 22 steps and 10
+
+
+def test_every_dream_is_set_beside_what_happened():
+    model, replay = Oracle(), counted(LONG, SHORT)
+    starts, left, dream = check.dream_beside(player_of(model, 3), replay)
+    assert starts.tolist() == [3, 7, 11, 15, 19, 25, 29]  # every fourth, from half a window on
+    assert left.tolist() == [19, 15, 11, 7, 3, 7, 3]  # up to 22 and to 32
+    assert not model.opened[:, 1:].any()
+    level = [sum(LONG[:t]) for t in range(22)] + [sum(SHORT[:t]) for t in range(10)]
+    for k in (1, 5, 15):
+        figures = check.measure(model, replay, starts, left, dream, k)
+        taken = [a for start, n in zip(starts, left) for a in (LONG + SHORT)[start:][: min(n, k)]]
+        for name, come in dict(rewards=lambda a: a != 0, ends=lambda a: a == 9).items():
+            assert figures[f"{name} that came"] == sum(map(come, taken)) > 0
+            assert figures[f"{name} foreseen, %"] == figures[f"foreseen {name} that came, %"] == 100
+        close(figures["mean reward"], sum(taken) / len(taken))
+        close(figures["mean dreamt reward"], sum(taken) / len(taken))
+        # Of what comes after an episode's last action there is no frame to be held to
+        seen = [start for start, n in zip(starts, left) if n > k]
+        assert len(seen) == {1: 7, 5: 5, 15: 1}[k]
+        assert figures["error, all pixels"] < 1e-3
+        still = [(level[start + k] - level[start]) ** 2 for start in seen]
+        close(figures["had nothing moved"], math.sqrt(sum(still) / len(still)), 1e-3)
+        kl = [kl_by_hand(0.2 + level[start + k] / 510, 0.4 + k / 100) for start in seen]
+        close(figures["KL, nats"], sum(kl) / len(kl))
+        moves = [(LONG + SHORT)[start + k - 1] > 16 for start in seen]
+        assert figures["moving pixels that move, %"] == 100 if any(moves) else True
+
+
+def test_a_dream_that_stands_still_follows_no_moving_pixel():
+    model, replay = Oracle(), counted([0, 0, 0] + [20] * 10)
+    dream = model.imagine(torch.tensor([0]), 5, lambda t, z, d_past: torch.tensor([0]))
+    figures = check.measure(model, replay, np.array([3]), np.array([10]), dream, 2)
+    assert figures["moving pixels that move, %"] == 0 and figures["rewards foreseen, %"] == 0
+    assert math.isnan(figures["foreseen rewards that came, %"])
+    close(figures["error, moving pixels"], 40.0, 1e-3)
+    close(figures["had they not moved"], 40.0, 1e-3)
+
+
+def test_a_short_episode_is_dreamt_of_from_its_middle():
+    """Half a window, 8 steps, reaches into the episode before and beyond the first of all."""
+    model, replay = Oracle(), counted([1] * 5, [2] * 4, [3])
+    starts, left, dream = check.dream_beside(player_of(model, 8), replay)
+    assert starts.tolist() == [2, 7, 9] and left.tolist() == [3, 2, 1]
+    opened = [[t in (0, 5, 9) or t < 0 for t in range(start - 8, start + 1)] for start in starts]
+    assert model.opened.tolist() == opened
+    figures = check.measure(model, replay, starts, left, dream, 5)
+    assert figures["rewards that came"] == 6 and math.isnan(figures["error, all pixels"])
+
+
+def test_dreams_are_spread_evenly_if_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(check, "AT_MOST", 3)
+    monkeypatch.setattr(check, "AT_ONCE", 2)
+    starts, left, dream = check.dream_beside(player_of(Oracle(), 2), counted([1] * 30))
+    assert starts.tolist() == [2, 14, 26] and left.tolist() == [28, 16, 4]
+    assert dream.z[0].tolist() == [2, 14, 26]  # together what was dreamt two at a time
+
+
+def test_the_check_notes_what_player_and_critic_had_before_the_action(fake):
+    """A player whose z_t is the frame's time and whose d is the number of its actions."""
+    player = types.SimpleNamespace(model=Oracle(), d_past=torch.zeros(5, 1), age=0, history=[])
+    player.agent = types.SimpleNamespace(value=lambda z, d_past: z + 1000 * d_past[:, 0])
+    player.play = types.MethodType(Player.play, player)
+
+    def act(frame, first):
+        assert first.all() == (player.age == 0) and first.any() == first.all()
+        player.history.append((frame[:, 0, 0, 1] / 10, None))
+        player.d_past, player.age = player.d_past + 1, player.age + 1
+        return torch.full((5,), player.age % 4)
+
+    player.act = act
+    s = tiny_settings()
+    played = check.play(s, player)
+    replay, spans = played.replay, check.spans(played.replay)
+    lengths = [FakeGame.episode_length(seed) for seed in drama.episode_seeds(s.seed, 2, "test", 5)]
+    assert [stop - first for first, stop in spans] == lengths and replay.length == sum(lengths)
+    for first, stop in spans:
+        for t, step in enumerate(range(first, stop)):
+            assert replay["frame"][step, 0, 0, 1] == 10 * t  # the frame before the action
+            assert replay["first"][step] == (t == 0)
+            assert replay["action"][step] == replay["reward"][step] == (t + 1) % 4
+            assert played.value[step] == 1001 * t and played.age[step] == t
+            close(played.kl[step], kl_by_hand(0.2 + 10 * t / 510, 0.4 + t / 100))
+
+
+def test_value_and_return_by_hand():
+    """Discount 1/2; the second episode was cut off, and its return ends in the last value."""
+    replay = counted([4, 9, 2], [8, 4])  # 9 is a lost life: what comes after does not count
+    value = np.array([1.0, 2.0, 4.0, 3.0, 16.0])
+    played = check.Played(replay, None, value, None)
+    returns = [4 + 9 / 2, 9, 2 + 4 / 2, 8 + (4 + 16 / 2) / 2, 4 + 16 / 2]
+    got = check.value_and_return(tiny_settings(gamma=0.5), played)
+    close(got["mean_value"], 26 / 5), close(got["mean_return"], sum(returns) / 5)
+    a, b = ([x - sum(xs) / 5 for x in xs] for xs in (value, returns))
+    scale = math.sqrt(sum(x * x for x in a) * sum(x * x for x in b))
+    close(got["value_correlation"], sum(x * y for x, y in zip(a, b)) / scale)
+
+
+def test_kl_by_age_begins_where_the_state_is_rebuilt():
+    """Half a window is 8 steps, so ages go by twos from 8 on."""
+    age, kl = np.array([0, 7, 8, 9, 10, 15, 14]), np.array([90.0, 90.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    got = check.kl_by_age(check.Played(None, kl, None, age), 8)
+    assert got == {"8 on": 1.5, "10 on": 3.0, "14 on": 5.0}
+
+
+def refuse_nan(word):
+    raise AssertionError(word)
+
+
+def check_twice(folder, elsewhere):
+    """Check a run, into its folder and into another -> what was kept."""
+    before = contents(folder)
+    assert check.main([str(folder), "--out", str(elsewhere)]) == 0 and contents(folder) == before
+    assert check.main([str(folder), "--threads", "1"]) == 0
+    for path in elsewhere.iterdir():
+        assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert list(png_chunks(folder / "model-check-000064.png"))
+    text = (folder / "model-check-000064.json").read_text()
+    kept = json.loads(text, parse_constant=refuse_nan)
+    assert list(kept["dreams"]) == ["1", "5", "15"] and kept["step"] == 64 and kept["versions"]
+    assert not any(name != name.strip() for row in kept["dreams"].values() for name in row)
+    assert len(kept["scores"]) == len(kept["lengths"]) == 5
+    return kept
+
+
+def test_the_check_prints_a_table_keeps_it_and_draws_a_dream(run_folder, tmp_path, capsys):
+    kept = check_twice(run_folder, tmp_path / "new" / "place")
+    out = capsys.readouterr().out
+    assert re.search(r"error, all pixels( +\d+\.\d\d){2} +-\n  had nothing moved", out)  # 13 steps
+    assert "correlation" in out and "real reward a step" in out
+    assert all(9 <= length <= 13 for length in kept["lengths"])
+    assert kept["kl_by_age"] and all(kl >= 0 for kl in kept["kl_by_age"].values())
+
+
+def test_a_gymnasium_game_is_checked_like_any_other(tmp_path, capsys):
+    assert command(tmp_path / "run", "--game", "Dot") == 0
+    kept = check_twice(tmp_path / "run", tmp_path / "elsewhere")
+    assert kept["game"] == "Dot" and kept["lengths"] == [50] * 5
+    assert kept["dreams"]["15"]["ends that came"] == 5 * 4  # from 36, 40, 44 and 48
+
+
+def test_a_folder_that_takes_no_result_is_refused_before_playing(run_folder, fake, capsys):
+    fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
+    fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    refused(capsys, check.main, [run_folder], "cannot be written to.*--out DIR")
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    refused(capsys, check.main, [tmp_path], "holds no run")
+    refused(capsys, check.main, [tmp_path / "missing"], "there is no folder .*missing")
+    refused(capsys, check.main, [], "RUN")
+
+
+@pytest.mark.parametrize("flags", ["--eval-episodes 3", "--act-on prior", "--seed 1", "--device x"])
+def test_flags_that_the_check_does_not_take_are_refused(flags, run_folder, capsys):
+    before = contents(run_folder)
+    refused(capsys, check.main, [run_folder, *flags.split()], flags.split()[0])
+    assert contents(run_folder) == before
