@@ -12,6 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -133,7 +134,7 @@ def test_scans_in_float32_also_under_autocast(kind):
     assert_close(got, [tensor.float() for tensor in truth], 2e-5)
 
 
-def test_s6_is_cut_into_blocks_and_tiles_without_seams(monkeypatch):
+def test_s6_is_divided_into_blocks_and_tiles_without_seams(monkeypatch):
     inputs = scan_inputs("s6", 3, 50, W=10)
     gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
     truth = values_and_gradients(scan.s6_sequential, inputs, gy, gstate)
@@ -196,23 +197,99 @@ def test_scan_by_hand(kind):
             np.testing.assert_allclose(h.flatten().numpy(), [last], rtol=1e-6)
 
 
+LONG = {  # step sizes: what float32 keeps of the small ones must not depend on the large ones
+    "none": lambda dt: dt / 50,
+    "one of 1e4": lambda dt: torch.where(torch.arange(dt.shape[1])[:, None] == 10, 1e4, dt / 50),
+    "many of 80": lambda dt: torch.where(torch.arange(dt.shape[1])[:, None] % 7 == 5, 80, dt / 50),
+    "a tenth of 300": lambda dt: torch.where(torch.rand_like(dt) < 0.1, 300.0, 1e-6),
+    "all of 20": lambda dt: torch.full_like(dt, 20.0)}  # all is forgotten: A's gradient is 1e-8
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_extreme_decays_stay_finite(kind):
-    """Steps so long that a state vanishes, beside steps so short that nothing does."""
-    inputs = scan_inputs(kind, 2, 200, dtype=torch.float32)
+@pytest.mark.parametrize("long", LONG)
+@pytest.mark.parametrize("resets", (False, True))
+def test_long_steps_take_no_digits_from_short_ones(kind, long, resets):
+    """In float32, each value and gradient relative to the largest of its own."""
+    inputs = scan_inputs(kind, 2, 150, dtype=torch.float32)
     with torch.no_grad():
-        inputs[1].copy_(torch.where(torch.rand_like(inputs[1]) < 0.1, 300.0, 1e-6))
-    reset = torch.rand(2, 200) < 0.05
+        inputs[1].copy_(LONG[long](inputs[1]))
+        inputs[2].sub_(1)
+    reset = torch.rand(2, 150) < 0.05 if resets else None
     gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
-    got, truth = (values_and_gradients(lambda *i: getattr(scan, name)(*i, reset),
-                                       inputs, gy, gstate)
-                  for name in (kind, f"{kind}_sequential"))
-    assert all(tensor.isfinite().all() for tensor in got)
-    assert_close(got[:2], truth[:2], 1e-3)  # a sum of logs around 3,000 has an eps of 2e-4
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    truth = values_and_gradients(lambda *i: loop(kind, *i, reset), exact,
+                                 gy.double(), gstate.double())
+    got = values_and_gradients(lambda *i: getattr(scan, kind)(*i, reset), inputs, gy, gstate)
+    for g, t in zip(got, truth, strict=True):
+        assert (g - t).abs().max() <= 3e-6 * t.abs().max()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_saved_is_linear_and_holds_no_whole_state(kind):
+@pytest.mark.parametrize("bad, at, opens", (
+    (math.nan, 0, 1), (math.nan, 3, 9), (math.nan, 3, 140), (math.nan, 60, 70), (math.inf, 3, 9),
+    (1e30, 3, 140), (math.nan, None, 0), (math.inf, None, 70), (1e30, None, 0)))
+def test_what_is_no_number_passes_no_reset(kind, bad, at, opens):
+    """Put in at a step or carried in (None), it spoils nothing that the loop keeps."""
+    same = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    first, places = at or 0, (0, 1, 3, 4) if at is not None else (6,)  # x, dt, B, C or the state
+    for index in places:
+        inputs = scan_inputs(kind, 2, 150, dtype=torch.float32)
+        reset = torch.zeros(2, 150, dtype=torch.bool)
+        reset[0, opens] = True
+        gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
+        gy[0, :opens] = 0
+        with torch.no_grad():
+            inputs[index][0, ... if at is None else at] = bad
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        truth = values_and_gradients(lambda *i: loop(kind, *i, reset), exact,
+                                     gy.double(), gstate.double())
+        got = values_and_gradients(lambda *i: getattr(scan, kind)(*i, reset), inputs, gy, gstate)
+        _, pieces = getattr(scan, kind)(*inputs, reset, 10)
+        for i in (0, 2, 3, 5, 6):  # y, and the gradients of x, dt, B and C
+            for part in ((1,), (0, slice(opens, None)), (0, slice(0 if i else first))):
+                same(got[i][part], truth[i][part].float())
+        same(got[1], truth[1].float())
+        assert not got[0][~truth[0].isfinite()].isfinite().any()
+        assert not got[0][0, first:opens].isfinite().any()
+        seen = torch.zeros(2, 15, dtype=torch.bool)
+        seen[0, first // 10:opens // 10] = True
+        assert torch.equal(seen, ~pieces.flatten(2).isfinite().any(2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("opens", (9, 70))
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_a_gradient_that_is_no_number_passes_no_reset(kind, opens, bad):
+    inputs = scan_inputs(kind, 2, 150)
+    reset = torch.zeros(2, 150, dtype=torch.bool)
+    reset[0, opens] = True
+    gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
+    gy[0, opens + 3] = gstate[0] = bad
+    truth, got = (values_and_gradients(lambda *i: function(*i, reset), inputs, gy, gstate)
+                  for function in (functools.partial(loop, kind), getattr(scan, kind)))
+    for i in (2, 3, 5, 6, 8):  # of x, dt, B, C and the state
+        before = ... if i == 8 else slice(opens)
+        assert_close([got[i][1], got[i][0, before]], [truth[i][1], truth[i][0, before]], 1e-11)
+    assert not got[7].isfinite().any()  # nor is it lost: D's shows it
+
+
+@pytest.mark.parametrize("name", (*KINDS, *(f"{kind}_sequential" for kind in KINDS), *LAYERS))
+def test_sizes_that_cannot_be_scanned_are_refused(name):
+    def run(batch, length, *rest):
+        if name in LAYERS:
+            return LAYERS[name]()(torch.randn(batch, length, 16), None, None, *rest)
+        kind = name.removesuffix("_sequential")
+        return getattr(scan, name)(*scan_inputs(kind, batch, length), None, *rest)
+    for batch, length in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match=rf"not \({batch}, {length}\)"):
+            run(batch, length)
+    for every in (4, 20, 0, -5) if not name.endswith("sequential") else ():
+        with pytest.raises(ValueError, match=f"pieces of {every} steps .* of 10"):
+            run(2, 10, every)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_saved_is_linear_and_far_below_all_states(kind):
     """Bytes saved for the backward pass: the same at 16 x 128 and 1 x 2048, and far below
     (batch, length, width, state)."""
     saved = {}
@@ -226,8 +303,7 @@ def test_memory_saved_is_linear_and_holds_no_whole_state(kind):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = getattr(scan, kind)(*inputs)
         saved[batch] = sum(storages.values())
-        whole = batch * length * 64 * 16 * 4
-        assert saved[batch] < whole / 3
+        assert saved[batch] < batch * length * 64 * 16 * 4 / 3
         del outputs
     assert max(saved.values()) < 1.3 * min(saved.values())
 
@@ -242,23 +318,23 @@ def random_state(model, batch, dtype):
 
 @pytest.mark.parametrize("backbone", scan.BACKBONES)
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-9), (torch.float32, 1e-4)))
-def test_whole_equals_pieces_equals_step_by_step(backbone, dtype, tolerance):
+def test_a_sequence_at_once_equals_pieces_equals_step_by_step(backbone, dtype, tolerance):
     torch.manual_seed(1)
     model = scan.SequenceModel(7, 16, backbone=backbone, head_dim=8).to(dtype).eval()
     inputs, reset = torch.randn(3, 140, 7, dtype=dtype), torch.rand(3, 140) < 0.1
-    reset[0, 39] = reset[1, 40] = reset[2, 41] = True  # just before and after a cut
+    reset[0, 39] = reset[1, 40] = reset[2, 41] = True  # just before and after a seam
     first = random_state(model, 3, dtype)
-    whole, last = model(inputs, first, reset)
+    together, last = model(inputs, first, reset)
     pieces, state = [], first
     for piece, piece_reset in zip(inputs.split([1, 2, 38, 99], 1), reset.split([1, 2, 38, 99], 1)):
         d, state = model(piece, state, piece_reset)
         pieces.append(d)
-    assert_close([torch.cat(pieces, 1)], [whole], tolerance)
+    assert_close([torch.cat(pieces, 1)], [together], tolerance)
     steps, stepped = [], first
     for t in range(140):
         d, stepped = model.step(inputs[:, t], stepped, reset[:, t])
         steps.append(d)
-    assert_close([torch.stack(steps, 1)], [whole], tolerance)
+    assert_close([torch.stack(steps, 1)], [together], tolerance)
     for other in (state, stepped):
         for layer, expected in zip(other, last, strict=True):
             assert_close(layer, expected, tolerance)
@@ -271,10 +347,10 @@ def test_the_states_after_every_piece_are_those_of_the_steps_up_to_there(backbon
     inputs, reset = torch.randn(3, 30, 7, dtype=torch.float64), torch.rand(3, 30) < 0.1
     reset[0, 4] = reset[1, 5] = reset[2, 6] = True  # just before and after the end of a piece
     first = random_state(model, 3, torch.float64)
-    whole, _ = model(inputs, first, reset)
+    together, _ = model(inputs, first, reset)
     for every in (1, 2, 5, 30):
         d, states = model(inputs, first, reset, every)
-        assert_close([d], [whole], 1e-9)
+        assert_close([d], [together], 1e-9)
         for piece in range(30 // every):
             stop = (piece + 1) * every
             _, expected = model(inputs[:, :stop], first, reset[:, :stop])
@@ -299,6 +375,32 @@ def test_nothing_before_a_reset_is_visible_after_it(layer):
     # without the reset the convolution alone, and the scan alone, would let it through
     a, b = mixer(u)[0], mixer(changed)[0]
     assert (a[:, 9] - b[:, 9]).abs().max() > 1e-6 and (a[:, 19] - b[:, 19]).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("backbone", scan.BACKBONES)
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_a_model_starts_afresh_at_a_reset_whatever_came_before(backbone, bad):
+    torch.manual_seed(2)
+    model = scan.SequenceModel(7, 16, backbone=backbone, head_dim=8).double().eval()
+    inputs = torch.randn(2, 80, 7, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        inputs[0, 45] = inputs[1, 49, 3] = bad
+    reset = torch.zeros(2, 80, dtype=torch.bool)
+    reset[:, 50] = True
+    fresh = model(inputs[:, 50:])[0]
+    for every in (None, 10):
+        d, _ = model(inputs, None, reset, every)
+        assert_close([d[:, 50:]], [fresh], 1e-9)
+        assert d[0, :45].isfinite().all() and not d[0, 45:50].isfinite().any()
+        got, truth = (torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)[0][:, 50:]
+                      for out in (d[:, 50:], fresh))
+        assert_close([got], [truth], 1e-9)
+    # a state that is carried in, and left behind at once: the weights learn as if it were none
+    spoilt = tuple(scan.State(*(bad + part for part in state)) for state in model.initial_state(2))
+    reset, weights = torch.arange(30).expand(2, 30) == 0, tuple(model.parameters())
+    gradients = [torch.autograd.grad(model(inputs[:, 50:], *rest)[0].square().sum(), weights)
+                 for rest in ((spoilt, reset), (None,))]
+    assert_close(*gradients, 1e-9)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
