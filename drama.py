@@ -185,8 +185,8 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
         if s.game_args or s.action_repeat > 1:
             raise Mistake("--game-args and --action-repeat belong to a Gymnasium game, not to Atari.")
         return AtariGame(s.game, copies, film)
-    make = functools.partial(make_gymnasium, s.game, s.game_args)
-    return GymnasiumGame(make, copies, s.action_repeat)
+    make_one = functools.partial(make_gymnasium, s.game, s.game_args)
+    return GymnasiumGame(make_one, copies, s.action_repeat)
 
 
 class AtariGame:

@@ -8,7 +8,6 @@ random play, a human and the published agent score are dashed lines. Over minute
 (a run's threads added up), agents are compared by what a laptop pays for them.
 """
 
-import argparse
 import csv
 import glob
 import html
