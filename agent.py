@@ -20,8 +20,9 @@ K groups, C classes, Z = K * C, D width of d, F = Z + D, A actions. Losses: pape
 7. D1, P6, T2 and the like name faults of the published code that are settled here; the README
 lists them.
 
-Of scan.py it is enough to know that SequenceModel makes d_t of latents and actions. Read next:
-drama.py, whose training loop calls WorldModel.loss, WorldModel.imagine and ActorCritic.loss.
+The training loop calls WorldModel.loss, WorldModel.imagine and ActorCritic.loss: begin with these.
+Of scan.py, the last to be read, it is enough to know that SequenceModel makes d_t of latents and
+actions.
 """
 
 import copy
@@ -338,12 +339,11 @@ class WorldModel(nn.Module):
             dynamics=mean_within(dynamics.clamp(min=self.free_nats)),
             representation=mean_within(representation.clamp(min=self.free_nats)),
         )
-        latent_loss = losses["dynamics"] + self.representation_scale * losses["representation"]
-        parts = dict(image=losses["image"], reward=losses["reward"], latent=latent_loss)
-        total = losses["end"]
-        for name, part in parts.items():
-            scale = self.harmony[name] if self.harmony else None
-            total = total + (part if scale is None else part / scale.exp() + F.softplus(scale))
+        total = sum(F.softplus(scale) for scale in self.harmony.values())
+        for name, value in losses.items():  # all are minimised
+            part = "latent" if name in ("dynamics", "representation") else name
+            value = self.representation_scale * value if name == "representation" else value
+            total = total + (value / self.harmony[part].exp() if part in self.harmony else value)
 
         metrics = {f"{name}_loss": value.detach() for name, value in losses.items()}
         metrics["model_loss"] = total.detach()
@@ -359,7 +359,8 @@ class WorldModel(nn.Module):
         and the batch itself as a trajectory.
 
         The latents are scanned again, without dropout; a dream starts at the head of each of
-        `count` pieces, from the state that the piece before left. No frame is encoded again.
+        `count` pieces, from the state that the piece before left; the head of a window has none
+        before it and starts from zero. No frame is encoded again.
         """
         B, L = batch.action.shape
         piece = B * L // count
@@ -400,14 +401,14 @@ class WorldModel(nn.Module):
         Reward and end are read from d_t, which holds a_t, not from the feature before it (D2).
         """
         z, state, reset = start.z, start.state, start.first
-        d = torch.where(reset[:, None], 0.0, start.d_past)
-        zs, ds, actions = [z], [d], []
+        d_past = torch.where(reset[:, None], 0.0, start.d_past)
+        zs, ds, actions = [z], [d_past], []
         for t in range(horizon):
-            actions.append(policy(t, z, d))  # on seeing z_t and, as yet, d_{t-1}
+            actions.append(policy(t, z, d_past))
             d, state = self.sequence.step(self.token(z, actions[-1]), state, reset)
-            z, reset = sample(self.prior(d)), None
+            z, d_past, reset = sample(self.prior(d)), d, None  # of step t + 1
             zs.append(z)
-            ds.append(d)
+            ds.append(d_past)
         d_past = torch.stack(ds)  # (T + 1, N, D)
         reward = self.two_hot.mean(self.reward_head(d_past[1:]))  # shifted by one, these are d_t
         end = self.end_head(d_past[1:]).float().squeeze(-1).sigmoid()
@@ -628,8 +629,8 @@ class Player:
         self.history.append((z, action, first.clone()))  # a caller may reuse its flags
         self.age += 1
         if self.age == 2 * self.half:
-            z, past, first = (torch.stack(column, 1) for column in zip(*self.history))
-            d, self.state = self.model.sequence(self.model.token(z, past), reset=first)
+            z, actions, first = (torch.stack(column, 1) for column in zip(*self.history))
+            d, self.state = self.model.sequence(self.model.token(z, actions), reset=first)
             self.d_past, self.age = d[:, -1], self.half
         return action
 

@@ -10,14 +10,15 @@ world model, and how often it has started a dream. Windows are drawn without rep
     to train the world model    p = softmax(-trained / tau)
     to dream from               p = softmax(min(0, trained - dreamed) / tau)
 
-so the model catches up on what is new, and the actor dreams where the model has been trained; an
-agent that dreams on from the model's own batch needs the first alone.
+so the model catches up on what is new, and no window starts many more dreams than it has trained;
+an agent that dreams on from the model's own batch needs the first alone.
 tau is in draws: a window drawn tau times more than another is e times less likely to come next.
 `trained` and `dreamed` are compared in like units: a step draws more dreams than training windows,
 so `dreamed` counts in shares of that ratio.
 
-The second half, the run folder, may be skipped. It knows nothing of games and networks: a state is
-nested containers of tensors and numbers. Read next: agent.py, which learns from the batches.
+The second half, what keeps a run from being lost, may be skipped. A run's state is any containers
+of tensors and numbers there; of games and networks it knows what older saves called them and, at
+its end, known scores. Read next: agent.py, which learns from the batches.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ if os.name == "posix":
 else:
     import msvcrt
 
-# ---------------------------------------------------------------- replay
+# ---------------------------------------------------------------- errors in one sentence
 
 
 class Mistake(Exception):
@@ -81,6 +82,8 @@ def in_one_sentence(what: str):
         place = f"{Path(at.filename).name}, line {at.lineno}"
         raise Mistake(f"{what}: {words} ({kind} in {place}).") from error
 
+
+# ---------------------------------------------------------------- replay
 
 SCHEMA = dict(  # name = shape of a step, dtype kept, dtype in a batch
     frame=((64, 64, 3), torch.uint8, torch.uint8),  # O_t
@@ -221,10 +224,11 @@ class Stop:
     """
 
     def __enter__(self):
-        self.asked, kinds = False, ("SIGINT", "SIGTERM", "SIGHUP")
-        kinds = [getattr(signal, kind) for kind in kinds if hasattr(signal, kind)]
-        self.before = {kind: signal.signal(kind, self.ask) for kind in kinds
-                       if signal.getsignal(kind) is not signal.SIG_IGN}
+        self.asked, self.before = False, {}  # signal -> its handler until now
+        for kind in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, kind, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.ask)
         return self
 
     def ask(self, number, frame):
@@ -393,7 +397,8 @@ def from_format_1(manifest: dict, state: dict):
 @functools.cache
 def versions() -> dict:
     """Of all that a result depends on; with the commit, if this is a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%H", "--", "drama.py"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+           "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -418,10 +423,10 @@ def not_finite(values, name: str) -> list[str]:
 
 
 def in_digits(value, comma: str = "") -> str:
-    """A number, in full if it is whole, else to nine digits; a text as it is."""
+    """A number, in full if it is whole, else to nine digits; nothing for None; a text as it is."""
     if isinstance(value, float):
         return f"{value + 0.0:{comma}.{'0f' if value.is_integer() else '9g'}}"
-    return str(value)
+    return "" if value is None else str(value)
 
 
 class Damaged(Exception):
@@ -516,6 +521,7 @@ class Folder:
             lines, header = text.splitlines()[1:], header + new
             text = "\n".join([",".join(header), *(line + "," * len(new) for line in lines), ""])
             write_file(self.path / f"{name}.csv", text.encode())
+            self.unwritten.pop(name, None)
         line = ",".join(in_digits(row.get(column, "")) for column in header) + "\n"
         begun = name in self.tables  # else a file of that name is what a kill left behind
         waiting = self.unwritten.pop(name, "" if begun else text)
@@ -616,10 +622,10 @@ class Folder:
         try:
             signed = json.loads(path.read_bytes())
             content = signed["content"]
-            intact = sha256(json.dumps(content).encode()) == signed["sha256"]
+            good = sha256(json.dumps(content).encode()) == signed["sha256"]
         except (ValueError, KeyError, TypeError, OSError):
-            intact = False
-        if not intact or content["step"] != step_of(path):
+            good = False
+        if not good or content["step"] != step_of(path):
             raise Damaged(f"{path.name} is damaged")
         if content["format"] > FORMAT:
             raise Mistake(f"{path} was written by a newer version of this program: use that one.")

@@ -54,6 +54,26 @@ from buffer import known_scores, versions, write_json, write_png
 # ---------------------------------------------------------------- settings
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+# Presets are what departs from `paper`, the defaults below
+OURS = dict(harmony=True, event_weights=True, policy_unimix=0.01, entropy=1e-3, dream_from="batch",
+            replay_critic=0.3)
+PRESETS = {
+    "paper": {},
+    "best": OURS,
+    # As many updates as steps, of a quarter of the windows (README, "Results"). Adam is one fused
+    # pass over the parameters, where LaProp is a dozen; dreams are as long as DreamerV3's; the
+    # critic is as wide as the actor, or it would cost as much as both.
+    "laptop": dict(
+        OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
+        length=64, dreams=64, horizon=15, critic_hidden=256, tau=2.5, optimizer="adam",
+        model_lr=4e-4, agent_lr=4e-5, eps=1e-8, warmup_updates=200),
+    "debug": dict(  # seconds; learns no more than Dot
+        OURS, steps=192, learning_starts=64, train_every=8, batch=4, length=16,
+        channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32, head_dim=16,
+        head_hidden=16, dreams=16, horizon=4, actor_hidden=16, critic_hidden=16, agent_layers=1,
+        tau=2.5, optimizer="adam", model_lr=1e-3, agent_lr=1e-3, eps=1e-8, warmup_updates=4,
+        log_every=1, eval_episodes=2, precision="float32"),
+}
 
 
 def setting(default, help: str, low=None, high=10**6, choices=()):
@@ -72,7 +92,7 @@ class Settings:
 
     # The run
     preset: str = setting("paper", "settings to start from; if left out, laptop without CUDA",
-                          choices=("paper", "best", "laptop", "debug"))
+                          choices=PRESETS)
     game: str = setting("Breakout", "an Atari game, Dot, a Gymnasium id, or FILE.py:CLASS")
     game_args: str = setting("", "arguments of a Gymnasium game, such as continuous=False,size=8")
     action_repeat: int = setting(1, "steps of a Gymnasium game an action is held for; Atari: 4")
@@ -144,26 +164,6 @@ class Settings:
         return list(self.kernel * (len(self.strides) if len(self.kernel) == 1 else 1))
 
 
-OURS = dict(harmony=True, event_weights=True, policy_unimix=0.01, entropy=1e-3, dream_from="batch",
-            replay_critic=0.3)
-PRESETS = {
-    "paper": {},
-    "best": OURS,
-    # As many updates as steps, of a quarter of the windows (README, "Results"). Adam is one fused
-    # pass over the parameters, where LaProp is a dozen; dreams are as long as DreamerV3's; the
-    # critic is as wide as the actor, or it would cost as much as both.
-    "laptop": dict(
-        OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
-        length=64, dreams=64, horizon=15, critic_hidden=256, tau=2.5, optimizer="adam",
-        model_lr=4e-4, agent_lr=4e-5, eps=1e-8, warmup_updates=200),
-    "debug": dict(  # seconds; learns no more than Dot
-        OURS, steps=192, learning_starts=64, train_every=8, batch=4, length=16,
-        channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32, head_dim=16,
-        head_hidden=16, dreams=16, horizon=4, actor_hidden=16, critic_hidden=16, agent_layers=1,
-        tau=2.5, optimizer="adam", model_lr=1e-3, agent_lr=1e-3, eps=1e-8, warmup_updates=4,
-        log_every=1, eval_episodes=2, precision="float32"),
-}
-
 # ---------------------------------------------------------------- the game
 
 
@@ -177,13 +177,12 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
     source          in words, what its frames are made of
 
     Frames are (copies, 64, 64, 3) uint8, the caller's to keep, the rest is (copies,). `terminal`: a
-    life is lost, and what comes after must not count for what was done before; `done`: the episode
-    is over and `reset` comes next; done alone: the time was up. The same seed and the same actions
-    lead to the same frames: that is how a run is resumed.
-    """
+    life is lost, nothing after it counts for what came before; `done`: the episode is over, `reset`
+    comes next; done alone: the time was up. The same seed and actions bring the same frames: so a
+    run is resumed."""
     if s.game in AtariGame.names():
         if s.game_args or s.action_repeat > 1:
-            raise Mistake("--game-args and --action-repeat belong to a Gymnasium game, not to Atari.")
+            raise Mistake("--game-args and --action-repeat are for Gymnasium games, not Atari.")
         return AtariGame(s.game, copies, film)
     make_one = functools.partial(make_gymnasium, s.game, s.game_args)
     return GymnasiumGame(make_one, copies, s.action_repeat)
@@ -264,7 +263,7 @@ def randomness(seed: int, step: int, purpose: str) -> np.random.Generator:
     """Seed torch for this purpose at this step, and return numpy's generator for it.
 
     Nothing else is random. So there is no generator to save, a resumed run draws what it would
-    have drawn, and evaluating in between disturbs nothing (D11).
+    have drawn, and evaluating in between disturbs nothing (D11). PURPOSES may only grow.
     """
     rng = np.random.default_rng((seed, step, PURPOSES.index(purpose)))
     torch.manual_seed(int(rng.integers(2**62)))
@@ -334,9 +333,8 @@ class Run:
 
     def draw(self, count: int, length: int, rng, dreams_per_window=None) -> Batch:
         """Windows of the replay to train the world model on or, with a ratio, to dream from."""
-        s = self.settings
-        starts = self.replay.draw(count, length, SAMPLERS[s.sampling], s.tau, rng,
-                                  dreams_per_window)
+        sampler, tau = SAMPLERS[self.settings.sampling], self.settings.tau
+        starts = self.replay.draw(count, length, sampler, tau, rng, dreams_per_window)
         return self.replay.windows(starts, length, self.device)
 
 
@@ -411,8 +409,8 @@ def train(run: Run, folder: Folder, stop: Stop):
                     rng = randomness(s.seed, step, "contexts")
                     batch = run.draw(s.dreams, s.context, rng, s.dreams / s.batch)
                 randomness(s.seed, step, "dream")
-                more, good = update_agent(run, batch, z, good)
-                count_update(run, folder, metrics | more, bool(good))
+                more, learnt = update_agent(run, batch, z, good)
+                count_update(run, folder, metrics | more, bool(learnt))
 
             # ---- 4. Log and save
             run.step += 1
@@ -470,10 +468,9 @@ def log_metrics(run: Run, folder: Folder):
 
 def end_episode(run: Run, folder: Folder):
     """A row of episodes.csv, and a new episode: the reset frame opens it (D5)."""
-    normalised = human_normalised(run.settings.game, run.score)
     folder.append("episodes", dict(
         step=run.step + 1, score=run.score, length=run.episode_length,
-        human_normalised="" if normalised is None else normalised))
+        human_normalised=human_normalised(run.settings.game, run.score)))
     score = in_digits(run.score, ",")
     tqdm.write(f"step {run.step + 1:,}: score {score} in {run.episode_length} steps")
     run.scores.append(run.score)
@@ -501,8 +498,8 @@ def save(run: Run, folder: Folder):
     folder.save(run.step, state_of(run), run.replay, asdict(s), threads=torch.get_num_threads(),
                 device=str(run.device))
     if run.step >= PICTURE_STEPS:
-        rng = randomness(s.seed, run.step, "picture")
-        window = rng.integers(run.step - PICTURE_STEPS + 1, size=1)
+        last = run.step - PICTURE_STEPS
+        window = randomness(s.seed, run.step, "picture").integers(last + 1, size=1)
         batch = run.replay.windows(window, PICTURE_STEPS, run.device)
         write_png(folder.path / f"dream-{run.step:06d}.png",
                   [dream_picture(run.model, batch).numpy()])
@@ -662,9 +659,9 @@ def make_gymnasium(name: str, arguments: str = "") -> gymnasium.Env:
     if title.endswith(".py"):
         raise Mistake(f"{name} needs the name of its class or function: {name}:MyGame.")
     with in_one_sentence(f"{name} cannot be made"):
-        if name == "Dot" or file.endswith(".py"):
-            sys.path.append(str(Path(file).parent))  # for what the file imports
-            game = EnvSpec(title, entry_point=run_once(file)[title] if file else Dot)
+        if file.endswith(".py"):
+            sys.path += {str(Path(file).parent)} - {*sys.path}  # for what the file imports
+            game = EnvSpec(title, entry_point=run_once(file)[title])
         try:
             return gymnasium.make(game, **{"render_mode": "rgb_array"} | options)
         except Exception:  # it may know no render_mode, and need none
@@ -705,10 +702,10 @@ class GymnasiumGame:
                     and space.dtype == np.uint8 and space.shape[2:] in ((), (1,), (3,))
                     and min((*space.shape, 0)[:2]) >= 32]
         self.entry = pictures[0] if len(pictures) == 1 else None  # "": all of it; None: render()
-        with in_one_sentence("the game cannot be played"):
-            self.look()
+        self.look()
         self.envs += [make() for _ in range(copies - 1)]
 
+    @in_one_sentence("the game cannot be played")
     def look(self, steps: int = 100):
         """Play at random until something is seen to move, and note in words what is seen."""
         rng, first = np.random.default_rng(0), self.reset([0])
@@ -775,12 +772,14 @@ class Dot(gymnasium.Env):
         return frame, reward, self.steps == 50, False, {}
 
 
+gymnasium.register("Dot", Dot)
+
 # ---------------------------------------------------------------- command line
 
-# A setting that means nothing unless another one has this value
-BELONGS = dict(tau=("sampling", "dfs"), head_dim=("backbone", "mamba2"),
-               harmony_lr=("harmony", True), context=("dream_from", "contexts"),
-               replay_critic=("dream_from", "batch"))
+# A setting that means nothing while another one has this value
+USELESS = dict(tau=("sampling", "uniform"), head_dim=("backbone", "mamba"),
+               harmony_lr=("harmony", False), context=("dream_from", "batch"),
+               replay_critic=("dream_from", "contexts"))
 MAY_CHANGE = ("steps", "device", "threads", "replay_device", "save_minutes", "eval_episodes")
 MOVED = dict(model_check="check RUN", curves="curves RUN", bench="bench", graphs="graphs")
 
@@ -848,8 +847,7 @@ def pick_device(wanted: str, asked_by: str = "device") -> tuple[torch.device, st
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     have, note = [name for name in there if there[name]], ""
     if shutil.which("nvidia-smi") and not torch.version.cuda:
-        note = ("; there is an NVIDIA GPU, but this torch is built for the CPU alone: see the "
-                "README on how to install the other")
+        note = "; this torch cannot use the NVIDIA GPU: the README says how to install one that can"
     if wanted == "auto":
         return torch.device(have[0]), "the fastest there is" + note
     if wanted not in have:
@@ -858,9 +856,9 @@ def pick_device(wanted: str, asked_by: str = "device") -> tuple[torch.device, st
     return torch.device(wanted), "as asked"
 
 
-def own_preset() -> str:
-    """The preset that this machine takes if none is asked for."""
-    return "paper" if torch.cuda.is_available() else "laptop"
+def own_preset(device: str = "auto") -> str:
+    """The preset that a device takes if none is asked for."""
+    return "paper" if pick_device(device)[0].type == "cuda" else "laptop"
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -920,13 +918,12 @@ def refuse(flags: dict, because: str):
 def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     """Preset, then flags; then what was left to the machine is settled for good."""
     device, why = pick_device(flags.get("device", "auto"))
-    flags = dict(preset="paper" if device.type == "cuda" else "laptop") | flags
+    flags = dict(preset=own_preset(device.type)) | flags
     s = Settings(**(PRESETS[flags["preset"]] | flags))
     check(s)
-    for name, (other, value) in BELONGS.items():
-        if flags.get(name) and getattr(s, other) != value:
-            raise Mistake(f"{flag(name)} belongs to {typed(other, value)}: leave it out, or ask "
-                          "for that.")
+    for name, (other, value) in USELESS.items():
+        if flags.get(name) and getattr(s, other) == value:
+            raise Mistake(f"{flag(name)} means nothing with {typed(other, value)}: leave it out.")
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
     return replace(s, game=game_title(s.game), precision=precision), device, why
@@ -972,7 +969,8 @@ def train_command(flags: dict):
     if flags.get("run") == "":
         raise Mistake("--run names no folder: is a variable empty?")
     title = re.sub(r"[^\w.-]+", "-", game_title(flags.get("game", Settings.game)))
-    if (preset := flags.get("preset", own_preset())) != own_preset():  # never the usual run's
+    own = own_preset(flags.get("device", "auto"))
+    if (preset := flags.get("preset", own)) != own:  # must not take the usual run's place
         title += f"-{preset}"
     folder = Folder(Path(flags.pop("run", f"runs/{title}-s{flags.get('seed', 0)}")))
     with contextlib.closing(folder):
