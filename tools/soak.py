@@ -114,9 +114,10 @@ def kill_in_two_runs(place: Path, kills: int, expected: list) -> int:
             (place / name).mkdir()
         tries = [pool.submit(kill_again_and_again, place / name, share, expected)
                  for name, share in shares.items()]
-        inside, runs, wrong = (sum(counts) for counts in zip(*(each.result() for each in tries)))
+        counts = [each.result() for each in tries]
+    inside, runs, wrong = map(sum, zip(*counts))
     print(f"\n{'fault':<34}{'times':>6}  outcome")
-    print(f"{'kill -9 inside a save':<34}{inside:>6}  {runs} runs in all; as the run that was never")
+    print(f"{'kill -9 inside a save':<34}{inside:>6}  {runs} runs in all: like the one never")
     print(f"{'kill -9 elsewhere':<34}{kills - inside:>6}  stopped, {runs - wrong} of them end")
     return wrong or int(inside < kills // 2 - 1)
 
