@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 HUGE = 1e30  # finite, yet a decay over a step of this length, by any rate above 1e-27, is exactly 0
 LOG2_E = math.log2(math.e)  # exp2(LOG2_E a) is exp(a), with torch 2.13 on x86 2.6 times as fast
-finite = functools.partial(torch.nan_to_num, nan=0.0, posinf=0.0, neginf=0.0)
+finite = functools.partial(torch.nan_to_num, nan=0.0, posinf=0.0, neginf=0.0)  # else 0
 
 
 def without_autocast(function):
@@ -187,7 +187,7 @@ class S6(torch.autograd.Function):
     def blocks(ctx, x, dt, A, B, C, reset):
         """The inputs in the form in which both directions want them."""
         K, Q, _, _ = ctx.plan
-        fade = (LOG2_E * dt).masked_fill(reset[..., None], HUGE)  # here a reset is an endless step
+        fade = (LOG2_E * dt).masked_fill_(reset[..., None], HUGE)  # here a reset is an endless step
         return (in_blocks(dt, K, Q), in_blocks(fade, K, Q), in_blocks(finite(dt * x), K, Q),
                 A.t().contiguous(), in_blocks(B, K, Q), in_blocks(C, K, Q))
 
@@ -344,9 +344,9 @@ def ssd_decays(dt, A, reset):
     Exponents dt A are summed, for a product of numbers near 1 rounds at each of them; and each sum
     is its own. From differences of running sums one dt A of -1e4 would take all digits below 1e-3.
     """
-    rates = (dt * (A * LOG2_E)[:, None]).masked_fill(reset, -HUGE)  # (K, B, H, Q)
+    rates = (dt * (A * LOG2_E)[:, None]).masked_fill_(reset, -HUGE)  # (K, B, H, Q)
     ones = dt.new_ones(1 + dt.shape[-1], dt.shape[-1])
-    decays = (rates[..., None, :] * ones.triu()).cumsum_(-1).exp2_().mul_(ones.triu(-1))
+    decays = (rates[..., None, :] * ones.triu()).cumsum(-1).exp2_().mul_(ones.triu(-1))
     enter, leave = decays[..., 0, :].clone(), decays[..., 1:, -1].clone()  # (K, B, H, Q)
     return decays, enter, leave, enter[..., -1:, None]
 
@@ -354,8 +354,8 @@ def ssd_decays(dt, A, reset):
 class SSD(torch.autograd.Function):
     """Inside, tensors are (K, B, H, Q, ...): every product is one batch over blocks and heads.
 
-    A block takes the state from `first` to `last`. `between` is left from i to j >= i, `enter` from
-    the start to j, `leave` from i to the end, `through` from the start to the end:
+    A block takes the state from `first` to `last`. Of `first`, `enter` is left at step j and
+    `through` at the end; of what step i wrote, `between` is left at j >= i and `leave` at the end:
 
         weights_ij = between_ij dt_i scores_ij, + D if i = j              scores_ij = B_i . C_j
         y_j = sum_i weights_ij x_i + first read_j                         read_j = enter_j C_j
@@ -366,9 +366,9 @@ class SSD(torch.autograd.Function):
         gweights_ij = x_i . gy_j      gread_j = gy_j first                gwrite_i = x_i glast
         gscores_ij = sum_h between_ij dt_i gweights_ij                    gD = sum_i gweights_ii
 
-    A decay is exp of a sum of rates dt A, and the gradient of that exponent is the decay times its
-    own: between_ij scores_ij gweights_ij, leave_i B_i . gwrite_i, enter_j C_j . gread_j and through
-    first . glast, the first two times dt_i. All from i, without this factor, add up to gfrom_i, its
+    A decay is exp of a sum of rates dt A; the gradient of the sum is the decay times its gradient:
+    between_ij scores_ij gweights_ij and leave_i B_i . gwrite_i, both times dt_i, enter_j C_j .
+    gread_j and through first . glast. All from i, without this factor, add up to gfrom_i, its own
     gradient; all that lead over step k, from i < k to j >= k, with it, to grate_k, of the rate; so
     that gdt_k = gfrom_k + A grate_k and gA = sum_k dt_k grate_k.
     """
@@ -458,7 +458,7 @@ class SSD(torch.autograd.Function):
         decays[..., 0, -1] += (gouts[..., Q:, :] * inputs[..., Q:, :]).sum((3, 4)) * enter[..., -1]
         gfrom = between.sum(-1)  # (K, B, H, Q)
         between.mul_(dt[..., None])
-        over = decays.cumsum_(-2)[..., :Q, :]  # (K, B, H, Q, Q), from before k to j
+        over = decays.cumsum(-2)[..., :Q, :]  # (K, B, H, Q, Q), from before k to j
         grate = over.mul_(dt.new_ones(Q, Q).triu()).sum(-1)  # (K, B, H, Q)
         gdt = torch.addcmul(gfrom, grate, A[:, None])
         gA = (grate * dt).sum((0, 1, 3))
