@@ -28,15 +28,15 @@ OURS = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-si
 LEFT, RIGHT, TOP, BOTTOM, LEGEND = 70, 500, 30, 260, 670  # of a panel, pixels
 
 
-def columns(path: Path, *names: str) -> np.ndarray:
-    """Columns of a table (rows, names), NaN where a cell is empty or missing; a last row that is
-    being written is left out."""
+def columns(path: Path, *names: str, empty: str = "") -> np.ndarray:
+    """Columns of a table (rows, names); a cell that is empty or missing reads `empty`, which is no
+    number unless it is said; a last row that is being written is left out."""
     if not path.exists():
         return np.empty((0, len(names)))
     with intact(path, "the run writes it anew when it goes on"):
         text = path.read_text("utf-8")
         rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-        cells = [[float(row.get(name) or "nan") for name in names] for row in rows]
+        cells = [[float(row.get(name) or empty) for name in names] for row in rows]
         return np.array(cells).reshape(-1, len(names))
 
 
@@ -58,7 +58,8 @@ def learning_curve(folder: Path) -> tuple[str, np.ndarray, np.ndarray]:
 def minutes(folder: Path) -> tuple[np.ndarray, bool]:
     """A run's steps and its minutes of one CPU core, (rows, 2), from 0 on, and whether they are
     that: older versions noted the time of the clock alone."""
-    table = columns(folder / "metrics.csv", "step", "cpu_seconds", "seconds") / (1, 60, 60)
+    table = columns(folder / "metrics.csv", "step", "cpu_seconds", "seconds", empty="nan")
+    table /= (1, 60, 60)
     cpu = bool(np.isfinite(table[:, 1]).any())
     table = table[:, [0, 1 if cpu else 2]]
     if not (known := np.isfinite(table[:, 1])).any():

@@ -95,10 +95,12 @@ def test_what_can_be_drawn_is_drawn_and_the_rest_named(place, capsys):
     (place / "run-list").mkdir()
     (place / "run-list" / "settings.json").write_text("[1]")
     drawable(place / "run-bad", rows=["100,0,100,", "150,xx,50,1"])
+    drawable(place / "run-hole", rows=["100,0,100,", "150,,50,1"])
     (place / "run-file").write_text("no folder")
     assert curves.main(["run-*", "nowhere"]) == 0  # as a shell that knows no patterns gives it
     err = capsys.readouterr().err.splitlines()
     assert [line.split()[:3] for line in err] == [["left", "out:", "run-bad/episodes.csv"],
+                                                  ["left", "out:", "run-hole/episodes.csv"],
                                                   ["left", "out:", "run-list/settings.json"],
                                                   ["left", "out:", "run-young"],
                                                   ["left", "out:", "there"]]
