@@ -35,11 +35,13 @@ import types
 import zlib
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchgen
+from gymnasium import spaces
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -50,6 +52,7 @@ import scan
 from agent import ActorCritic, Dream, Player, ReturnRange, Start, Trajectory, TwoHot, WorldModel
 from agent import lambda_return, make_optimizer, sample, take_step
 from buffer import Batch, Folder, Mistake, Replay, draw
+from drama import Dot, GymnasiumGame, make_gymnasium, rgb
 
 if os.name == "posix":
     import fcntl
@@ -1626,13 +1629,294 @@ def test_a_film_shows_the_game_that_is_played(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--game missing.py:Game", "missing.py:Game cannot be made: FileNotFoundError"),
-    ("--game missing:Game-v0", "missing:Game-v0 cannot be made: ModuleNotFoundError"),
-    ("--game Pong --action-repeat 2", "--action-repeat belong to a Gymnasium game"),
-    ("--game Pong --game-args size=8", "--game-args and .* belong to a Gymnasium game"),
+    ("--game missing.py:Game", "missing.py:Game cannot be made: .*FileNotFoundError"),
+    ("--game missing:Game-v0", "missing:Game-v0 cannot be made: .*ModuleNotFoundError"),
+    ("--game Pong --action-repeat 2", "--action-repeat are for Gymnasium games"),
+    ("--game Pong --game-args size=8", "--game-args and .* for Gymnasium games"),
 ])  # fmt: skip
 def test_a_game_that_cannot_be_made_is_refused(flags, says, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "run"), *flags.split()], says)
+
+
+class Counter(gymnasium.Env):
+    """Step t shows brightness 10 t in its left half, and pays the action; `flags` end it at `end`.
+
+    It draws into one buffer of its own, as nes_py does, and must not be stepped after its end.
+    """
+
+    def __init__(self, space=spaces.Box(0, 255, (64, 64, 3), np.uint8), actions=spaces.Discrete(5),
+                 end=4, flags=(True, False), wrap=lambda picture: picture, rendered=None):
+        self.observation_space, self.action_space = space, actions
+        self.end, self.flags, self.wrap, self.rendered = end, flags, wrap, rendered
+        self.buffer = np.zeros((64, 64, 3), np.uint8)
+
+    def draw(self):
+        self.buffer[:, :32] = 10 * self.time
+        return self.wrap(self.buffer)
+
+    def reset(self, seed=None, options=None):
+        assert type(seed) is int
+        self.time = seed % 4
+        return self.draw(), {}
+
+    def step(self, action):
+        assert type(action) is int and self.time != self.end
+        self.time += 1
+        ends = (flag and self.time == self.end for flag in self.flags)
+        return self.draw(), np.float64(action), *map(np.bool_, ends), {}
+
+    def render(self):
+        return None if self.rendered is None else self.rendered(self.time)
+
+
+def brightness(frames):
+    """Ten times the step that each copy shows."""
+    return frames[:, 0, 0, 0].tolist()
+
+
+def test_a_frame_is_the_mean_over_each_pixels_area():
+    rng = np.random.default_rng(0)
+    for height, width in ((128, 192), (64, 64), (32, 16)):
+        picture = rng.integers(256, size=(height, width, 3)).astype(np.uint8)
+        game = GymnasiumGame(lambda: Counter(
+            spaces.Discrete(2), wrap=lambda p: 0,
+            rendered=lambda time: picture if time == 3 else picture // 2))
+        (frame,) = game.reset([3])
+        parts = picture.repeat(64, 0).repeat(64, 1).reshape(64, height, 64, width, 3)
+        assert np.abs(frame - parts.mean((1, 3))).max() <= 0.5
+
+
+def test_pictures_of_other_kinds_become_uint8():
+    grey = np.array([[0, 128], [255, 3]], np.uint8)
+    assert rgb(grey).tolist() == np.stack([grey] * 3, -1).tolist() == rgb(grey[..., None]).tolist()
+    assert rgb(np.array([[0, 0.5, 1]], np.float64))[0, :, 0].tolist() == [0, 128, 255]
+    assert rgb(np.array([[False, True]]))[0, :, 2].tolist() == [0, 255]
+    backwards = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)[::-1, :, ::-1]
+    copied = rgb(backwards)
+    assert copied.flags.c_contiguous and not np.shares_memory(copied, backwards)
+    np.testing.assert_array_equal(copied, backwards)
+
+
+@pytest.mark.parametrize("picture", [
+    None, "ansi", np.zeros((9, 9), np.int32), np.full((9, 9), 2.0), np.full((9, 9), np.nan),
+    np.full((9, 9, 3), -0.5), np.zeros((9, 9, 4), np.uint8), np.zeros((1, 9, 9, 3), np.uint8)])
+def test_what_is_no_picture_is_refused(picture):
+    with pytest.raises(Mistake, match="shows no picture"):
+        rgb(picture)
+
+
+def box(*shape, dtype=np.uint8):
+    return spaces.Box(0, 255 if dtype == np.uint8 else 1, shape, dtype)
+
+
+@pytest.mark.parametrize("space, wrap, source", [
+    (box(64, 64, 3), lambda p: p, "observation, 64 x 64"),
+    (box(64, 64, 1), lambda p: p[..., :1], "observation, 64 x 64"),
+    (box(32, 64), lambda p: p[:32, :, 0], "observation, 32 x 64"),
+    (spaces.Dict(screen=box(64, 32, 3), codes=box(7, 7, 3), health=spaces.Discrete(3)),
+     lambda p: dict(screen=p[:, 16:48], codes=p[:7, :7], health=0),
+     "observation 'screen', 64 x 32"),
+    (box(7, 7, 3), lambda p: p[:7, :7], "render(), 50 x 60"),  # MiniGrid's codes
+    (box(64, 31, 3), lambda p: p[:, :31], "render(), 50 x 60"),
+    (box(64, 64, 4), lambda p: p, "render(), 50 x 60"),
+    (box(3, 64, 64), lambda p: p, "render(), 50 x 60"),
+    (box(4096), lambda p: p, "render(), 50 x 60"),
+    (box(64, 64, 3, dtype=np.float32), lambda p: p, "render(), 50 x 60"),
+    (spaces.Discrete(9), lambda p: 0, "render(), 50 x 60"),
+    (spaces.Dict(a=box(64, 64), b=box(64, 64)), lambda p: p, "render(), 50 x 60")])
+def test_the_picture_is_chosen_and_named(space, wrap, source):
+    def rendered(time):
+        return np.linspace(0, time / 10, 3000).reshape(50, 60)
+
+    game = GymnasiumGame(lambda: Counter(space, wrap=wrap, rendered=rendered))
+    assert game.source == source
+    assert game.reset([2]).shape == (1, 64, 64, 3)
+    assert game.picture().shape[:2] == tuple(
+        side * {32: 4, 50: 3, 64: 2}[min(map(int, source.split(", ")[1].split(" x ")))]
+        for side in map(int, source.split(", ")[1].split(" x ")))
+
+
+@pytest.mark.parametrize("height, width, shown", [
+    (10, 10, (130, 130)), (96, 96, (192, 192)), (127, 300, (254, 600)), (240, 320, (240, 320))])
+def test_small_pictures_are_enlarged_by_a_whole_factor(height, width, shown):
+    def rendered(time):
+        return np.random.default_rng(time).integers(256, size=(height, width, 3)).astype(np.uint8)
+
+    game = GymnasiumGame(lambda: Counter(spaces.Discrete(2), wrap=lambda p: 0, rendered=rendered))
+    game.reset([3])
+    factor = shown[0] // height
+    assert game.picture().shape == (*shown, 3)
+    np.testing.assert_array_equal(game.picture()[::factor, ::factor], rendered(3))
+
+
+@pytest.mark.parametrize("rendered", [
+    lambda time: np.full((80, 80, 3), 20 * time, np.uint8),  # of one colour, but each its own
+    lambda time: np.arange(6400, dtype=np.uint8).reshape(80, 80)])  # always the same
+def test_a_game_in_which_nothing_is_seen_is_refused(rendered, monkeypatch):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    with pytest.raises(Mistake, match=r"render\(\), 80 x 80.*SDL_VIDEODRIVER is set \(it is dummy"):
+        GymnasiumGame(lambda: Counter(spaces.Discrete(2), wrap=lambda p: 0, rendered=rendered))
+
+
+def test_frames_are_copies_and_copies_that_are_done_stand_still():
+    game = GymnasiumGame(Counter, copies=3)
+    start = game.reset(np.array([0, 2, 5]))
+    assert brightness(start) == [0, 20, 10] and start.dtype == np.uint8
+    first = game.step(np.array([1, 2, 3]))
+    second = game.step(np.array([1, 2, 3]))
+    third = game.step(np.array([1, 2, 3]))
+    assert [brightness(frames) for frames in (start, first[0], second[0], third[0])] == [
+        [0, 20, 10], [10, 30, 20], [20, 40, 30], [30, 40, 40]]
+    rewards, terminal, done = zip(*(moment[1:] for moment in (first, second, third)))
+    assert np.array(rewards).tolist() == [[1, 2, 3], [1, 2, 3], [1, 0, 3]]
+    assert np.array(terminal).tolist() == np.array(done).tolist() == [
+        [False, False, False], [False, True, False], [False, True, True]]
+    assert terminal[0].dtype == done[0].dtype == bool
+    assert start.flags.c_contiguous and start.flags.owndata and start.flags.writeable
+    assert brightness(game.reset([3, 3, 3])) == [30, 30, 30]
+    assert game.step([0, 0, 0])[3].all()
+
+
+@pytest.mark.parametrize("flags, terminal", [
+    ((True, False), True), ((True, True), False), ((False, True), False)])
+def test_a_limit_of_time_is_no_terminal(flags, terminal):
+    game = GymnasiumGame(lambda: Counter(flags=flags))
+    game.reset([3])
+    *_, terminals, done = game.step([0])
+    assert (terminals.tolist(), done.tolist()) == ([terminal], [True])
+
+
+def test_a_game_without_an_end_is_truncated():
+    game = GymnasiumGame(lambda: Counter(end=None))
+    assert game.LIMIT == 108_000 // 4  # Atari's, in steps of four frames
+    game.LIMIT = 3
+    for _ in range(2):
+        game.reset([0])
+        moments = [game.step([0])[2:] for _ in range(3)]
+        assert np.array(moments)[..., 0].tolist() == [[False, False], [False, False], [False, True]]
+
+
+def test_actions_are_repeated_up_to_an_end_and_counted_from_the_games_first():
+    game = GymnasiumGame(lambda: Counter(actions=spaces.Discrete(3, start=5)), action_repeat=3)
+    assert game.actions == 3
+    game.reset([0])
+    frames, rewards, _, done = game.step(np.array([2]))
+    assert (brightness(frames), rewards.tolist(), done.tolist()) == ([30], [21], [False])
+    frames, rewards, _, done = game.step([0])
+    assert (brightness(frames), rewards.tolist(), done.tolist()) == ([40], [5], [True])
+
+
+@pytest.mark.parametrize("space", [
+    spaces.Box(-1, 1, (3,)), spaces.MultiDiscrete([2, 2]), spaces.MultiBinary(4)])
+def test_other_actions_are_refused_with_the_name_of_the_variant(space):
+    with pytest.raises(Mistake, match=f"{type(space).__name__}, .*continuous=False.*DISCRETE"):
+        GymnasiumGame(lambda: Counter(actions=space))
+
+
+def test_the_same_seed_and_actions_give_the_same_frames():
+    actions = np.random.default_rng(0).integers(2, size=(30, 2))
+
+    def film(game, seeds):
+        return np.stack([game.reset(seeds)] + [game.step(action)[0] for action in actions])
+
+    one, two = GymnasiumGame(lambda: Dot(), 2), GymnasiumGame(lambda: Dot(), 2)
+    seen = film(one, [7, 8])
+    assert not np.array_equal(seen[:, 0], seen[:, 1])
+    two.reset([1, 1])
+    two.step([0, 1])  # what was played before leaves no trace
+    np.testing.assert_array_equal(film(two, [7, 8]), seen)
+    np.testing.assert_array_equal(film(two, [8, 7])[:, ::-1], seen)
+
+
+def test_dot_pays_for_naming_the_white_half():
+    game = GymnasiumGame(Dot, 2)
+    frames, score, steps, done = game.reset([0, 1]), np.zeros(2), 0, np.zeros(2, bool)
+    while not done.all():
+        white = (frames[:, 0, 63, 0] == 255).astype(int)
+        frames, rewards, terminal, done = game.step(white ^ [0, 1])  # the second always errs
+        score, steps = score + rewards, steps + 1
+    assert (score.tolist(), steps, terminal.all()) == ([50, 0], 50, True)
+
+
+OWN_GAME = """
+import gymnasium
+import numpy as np
+from dots_beside import Dot
+
+class Known(Dot):
+    metadata = {"render_modes": ["rgb_array"]}
+    def __init__(self, render_mode=None, level=1, **others):
+        self.render_mode, self.given = render_mode, dict(level=level, **others)
+
+class Plain(Dot):
+    def __init__(self, level=1):
+        self.given = dict(level=level)
+
+def function(**options):
+    return gymnasium.wrappers.TimeLimit(Known(**options), 3)
+
+class Broken(Dot):
+    def __init__(self):
+        raise OSError("no cartridge.\\nsecond line")
+
+class Old(Dot):
+    def step(self, action):
+        return super().step(action)[:4]
+
+class NoEnvironment:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "dots_beside.py").write_text("from drama import Dot\n")
+    path = tmp_path / "own_game.py"
+    path.write_text(OWN_GAME)
+    return path
+
+
+def test_a_game_of_ones_own_is_made_with_its_arguments(own, recwarn):
+    text = "level=3,map=E1M1,size=(9, 9),noise=-0.5,sound=False,path='a/b=c,d',nothing=None"
+    known = make_gymnasium(f"{own}:Known", text)
+    assert known.unwrapped.render_mode == "rgb_array"
+    assert known.unwrapped.given == dict(level=3, map="E1M1", size=(9, 9), noise=-0.5, sound=False,
+                                         path="a/b=c,d", nothing=None)
+    assert make_gymnasium(f"{own}:Known", "render_mode=None").unwrapped.render_mode is None
+    plain = make_gymnasium(f"{own}:Plain", "level=4")  # knows no render_mode
+    assert plain.unwrapped.given == dict(level=4)
+    game = GymnasiumGame(functools.partial(make_gymnasium, f"{own}:function"), copies=2)
+    game.reset([0, 1])
+    ends = [game.step([0, 0])[2:] for _ in range(3)]
+    assert [(terminal.any(), done.all()) for terminal, done in ends] == [
+        (False, False), (False, False), (False, True)]
+    assert not recwarn.list
+
+
+def test_an_identifier_of_gymnasium_is_made_with_its_arguments():
+    gymnasium.register("Counter-v0", lambda end=4: Counter(end=end), max_episode_steps=9)
+    game = GymnasiumGame(functools.partial(make_gymnasium, "Counter-v0", "max_episode_steps=2,end=9"))
+    game.reset([0])
+    assert [game.step([0])[3][0] for _ in range(2)] == [False, True]
+    del gymnasium.registry["Counter-v0"]
+
+
+@pytest.mark.parametrize("name, arguments, sentence", [
+    ("CarRacin-v3", "", "CarRacin-v3 cannot be made: .*doesn't exist.*NameNotFound"),
+    ("no_such_package:Game-v0", "", "cannot be made: No module named 'no_such_package'"),
+    ("CartPole-v1", "level=1", "unexpected keyword argument 'level'"),
+    ("own_game.py", "", "needs the name of its class or function: own_game.py:MyGame"),
+    ("nowhere.py:Game", "", "nowhere.py:Game cannot be made: .*No such file"),
+    ("{own}:Missing", "", "cannot be made: 'Missing'"),
+    ("{own}:Broken", "", r"cannot be made: no cartridge \(OSError in own_game.py, line 20\)\.$"),
+    ("{own}:NoEnvironment", "", "must inherit from the gymnasium.Env"),
+    ("{own}:Old", "", "cannot be played: not enough values"),
+    *[("CartPole-v1", text, "is not name=value") for text in (
+        "level", "level=", "level=a b", "level=a/b", "1", ")+(1", "level=print(1)", "a=1;b=2")]])
+def test_what_cannot_be_made_is_refused_in_one_sentence(own, name, arguments, sentence):
+    with pytest.raises(Mistake, match=sentence) as refused:
+        GymnasiumGame(functools.partial(make_gymnasium, name.format(own=own), arguments))
+    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
 # ---------------------------------------------------------------- the player
