@@ -2412,11 +2412,48 @@ def test_README_commands_are_understood(monkeypatch):
                 (importlib.import_module(tool) if tool else drama).run_command(line.split())
 
 
-def test_README_snippet_loads_a_run_and_plays(fake, tmp_path):
-    assert command(tmp_path / "run") == 0
-    (code,), space = re.findall(r"```python\n(.*?)```", README, re.S), {}
-    exec(code.replace("runs/Breakout-s0", str(tmp_path / "run")), space)
+def library_snippet(number, folder="") -> dict:
+    """Execute a snippet of the README's section, word for word -> its names."""
+    section = README.split("## As a library")[1].split("\n## ")[0]
+    code, space = re.findall(r"```python\n(.*?)```", section, re.S), {}
+    assert len(code) == 3 and all(len(part.splitlines()) <= 17 for part in code)
+    exec(code[number].replace("runs/Breakout-s0", str(folder)), space)
+    return space
+
+
+def test_README_snippet_loads_a_run_and_plays(run_folder):
+    space = library_snippet(0, run_folder)
     assert space["action"].shape == (1,) and 0 <= int(space["action"]) < space["game"].actions
+    assert [space[name].shape for name in ("frame", "reward", "terminal", "done")] == [
+        (1, 64, 64, 3), (1,), (1,), (1,)]
+    # The start that is said in brackets
+    (bracket,) = re.findall(r"`(Start\(.*?\))`", README)
+    start = eval(bracket, space | dict(Start=Start))
+    dream = space["player"].model.imagine(start, 3, lambda t, z, d_past: z[:, 0])
+    assert dream.reward.shape == (3, 1) and dream.reward.isfinite().all()
+
+
+def test_README_snippet_dreams_on_from_a_frame(run_folder):
+    space = library_snippet(1, run_folder)
+    s, dream, images = space["settings"], space["dream"], space["images"]
+    assert space["start"].z.shape == (8, s.groups) and images.shape == (16, 8, 3, 64, 64)
+    assert dream.action.shape == dream.reward.shape == dream.end.shape == (15, 8)
+    assert 0 <= images.min() < images.max() <= 1 and dream.reward.isfinite().all()
+    assert (images[1:] != images[:-1]).any() and (images[:, 1:] != images[:, :-1]).any()
+
+
+def test_README_snippet_trains_on_ones_own_arrays():
+    space = library_snippet(2)
+    model, laptop = space["model"], drama.Settings(**drama.PRESETS["laptop"])
+    untrained, _ = drama.build_networks(laptop, 6, "cpu")
+    assert space["batch"].frame.shape == (4, 64, 64, 64, 3) and not model.training
+    assert space["z"].shape == (4, 64, laptop.groups) and space["loss"].isfinite()
+    before, after = untrained.state_dict(), model.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    for name, _ in model.named_parameters():
+        change = (after[name] - before[name]).abs()
+        if not re.match(r"reward_head\.[01]", name):  # before a last layer of zeros
+            assert 0 < change.max() < 4.1e-4, name  # Adam's first step is the learning rate
 
 
 # ---------------------------------------------------------------- bad input

@@ -5,13 +5,17 @@
 Five fresh episodes are played, with seeds that neither training nor evaluation uses. All along them
 begin dreams, after half a window of real frames, that take the recorded actions. After 1, 5 and 15
 steps: errors, of 255, of the frames and of the pixels that moved; how many of these move in the
-dream; KL; rewards and ends, counted over all steps of the dreams, which overlap. Then the KL by the
-age of the play state, and how well the value agrees with the return that followed.
+dream; KL; rewards and ends, counted over all steps of the dreams, which overlap; and by what factor
+the squared error grows if dreams exchange their actions. Then open-loop drift, the error of longer
+dreams after four real frames; the KL by the age of the play state; and how well the value agrees
+with the return that followed.
 """
 
 import argparse
 import functools
+import io
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +24,12 @@ import drama  # first: it sets up torch
 import numpy as np
 import torch
 from agent import Dream, Player, WorldModel, dream_picture, kl_divergence, lambda_return
-from buffer import Batch, Replay, versions, write_json, write_png
+from buffer import Batch, Mistake, Replay, versions, write_file, write_json, write_png
 
 EPISODES, LIMIT = 5, 2000  # and the most steps of each
 DREAMT = (1, 5, 15)  # steps into a dream
 EVERY, AT_MOST, AT_ONCE = 4, 512, 32  # steps between dreams; dreams; how many of them together
+DRIFT, BURN_IN, STARTS, SAMPLES = (1, 5, 15, 50), 4, 32, 4  # as others measure it: open_loop_drift
 
 
 class Played(NamedTuple):
@@ -75,23 +80,26 @@ def windows(replay: Replay, starts: np.ndarray, length: int, device) -> Batch:
 
 
 @torch.no_grad()
-def dream_beside(player: Player, replay: Replay) -> tuple[np.ndarray, np.ndarray, Dream]:
-    """Steps all along the episodes, how many come from there on, and dreams that take the actions
-    that were taken.
+def dream_beside(player: Player, replay: Replay, exchanged: bool = False):
+    """Steps all along the episodes (N,), how many come from there on (N,), and Dreams from there
+    that take the actions that were taken, or those of other dreams, with the same random numbers.
 
     A dream sees the half window before, of its own episode; early in one, less. So it begins half a
     window into an episode or, if the episode is short, in its middle.
     """
+    torch.manual_seed(0)
     model, device = player.model, player.d_past.device
     context, horizon, parts = player.half, max(DREAMT), []
     begun = np.array([(start, stop - start) for first, stop in spans(replay) for start in
                       range(first + min(context, (stop - first) // 2), stop, EVERY)])
     starts, left = begun[:: -(-len(begun) // AT_MOST)].T
-    for few in np.split(starts, range(AT_ONCE, len(starts), AT_ONCE)):
-        real = windows(replay, few - context, context + horizon, device)
-        start = model.starts_from_contexts(Batch(*(part[:, : context + 1] for part in real)))
-        parts.append(model.imagine(start, horizon,
-                                   lambda t, z, d_past: real.action[:, context + t]))
+    acting = np.roll(starts, len(starts) // 2 * exchanged)  # far apart, and none its own
+    for at in range(0, len(starts), AT_ONCE):
+        few = slice(at, at + AT_ONCE)
+        start = model.starts_from_contexts(
+            windows(replay, starts[few] - context, context + 1, device))
+        action = windows(replay, acting[few], horizon, device).action
+        parts.append(model.imagine(start, horizon, lambda t, z, d_past: action[:, t]))
     return starts, left, Dream(*(torch.cat(part, 1) for part in zip(*parts)))
 
 
@@ -141,10 +149,61 @@ def measure(model: WorldModel, replay: Replay, starts, left, dream: Dream, k: in
         **foreseen("ends", real_end, end > 0.5)}
 
 
+@torch.no_grad()
+def action_shuffle_ratio(model: WorldModel, replay: Replay, starts, left, dream: Dream,
+                         exchanged: Dream, k: int) -> float:
+    """Mean squared error of frame k of dreams that took another dream's actions, over that of the
+    dreams that took their own: 1 means that the model does not heed the action."""
+    seen = left > k
+    image = model.images(replay.windows(starts[seen] + k, 1, dream.reward.device).frame)
+    own, others = (
+        (model.decode(each.z[k][seen]) - image).square().mean() for each in (dream, exchanged))
+    return (others / own).item() if len(starts) > 1 else math.nan
+
+
 def judge(player: Player, replay: Replay) -> tuple[np.ndarray, dict[int, dict]]:
     """Where dreams began in episodes that were played, and their figures by steps of a dream."""
-    starts, *dreams = dream_beside(player, replay)
-    return starts, {k: measure(player.model, replay, starts, *dreams, k) for k in DREAMT}
+    starts, left, dream = dream_beside(player, replay)
+    *_, exchanged = dream_beside(player, replay, exchanged=True)
+    beside = player.model, replay, starts, left, dream
+    return starts, {k: measure(*beside, k) | {
+        "action-shuffle ratio": action_shuffle_ratio(*beside, exchanged, k)} for k in DREAMT}
+
+
+@torch.no_grad()
+def open_loop_drift(player: Player, replay: Replay) -> tuple[list[float], dict[str, np.ndarray]]:
+    """STARTS x SAMPLES dreams of 50 steps, or as many as the episodes have room for, that see
+    BURN_IN real frames, then actions -> mean squared error of every step, frames in [0, 1], and
+    what was compared. Empty if not even one step finds room.
+
+    real (starts, steps, height, width, 3), dream (starts, samples, steps, height, width, 3) uint8;
+    of the action that led to each frame: rrew, rend (starts, steps), reward and whether the life
+    ended; drew, dend (starts, samples, steps), as dreamt, the end as a probability.
+    """
+    def room(steps):
+        return [at for first, stop in spans(replay)
+                for at in range(first, stop - BURN_IN - steps + 1)]
+
+    steps = next((n for n in range(max(DRIFT), 0, -1) if len(room(n)) >= STARTS), 0)
+    if not steps:
+        return [], {}
+    model, begun, errors, frames = player.model, np.array(room(steps)), [], []
+    starts = begun[np.arange(STARTS) * len(begun) // STARTS]
+    real = windows(replay, starts, BURN_IN + steps, player.d_past.device)
+    repeated = Batch(*(part.repeat_interleave(SAMPLES, 0) for part in real))
+    start = model.starts_from_contexts(Batch(*(part[:, :BURN_IN] for part in repeated)))
+    dream = model.imagine(
+        start, steps, lambda t, z, d_past: repeated.action[:, BURN_IN - 1 + t])
+    for image, z in zip(real.frame[:, BURN_IN:].unbind(1), dream.z[1:]):
+        dreamt = model.decode(z).unflatten(0, (STARTS, SAMPLES))
+        errors.append((dreamt - model.images(image).unsqueeze(1)).square().mean().item())
+        frames.append((255 * dreamt).round().byte().movedim(-3, -1))
+    arrays = dict(
+        real=real.frame[:, BURN_IN:], dream=torch.stack(frames, 2),
+        rrew=real.reward[:, BURN_IN - 1 : -1], rend=real.terminal[:, BURN_IN - 1 : -1],
+        drew=dream.reward.T.unflatten(0, (STARTS, SAMPLES)),
+        dend=dream.end.T.unflatten(0, (STARTS, SAMPLES)))
+    return errors, {name: array.cpu().numpy() for name, array in arrays.items()}
 
 
 def kl_by_age(played: Played, half: int) -> dict[str, float]:
@@ -177,19 +236,36 @@ def line(name: str, cells) -> str:
     return f"{'  ' * name.startswith('had') + name:<32}" + "".join(f"{text:>10}" for text in texts)
 
 
-def check(s: drama.Settings, player: Player, step: int, path: Path):
+def print_drift(errors: list[float], npz: Path | None):
+    """The errors of some steps, the last among them, and in words what the episodes left out."""
+    if len(errors) < max(DRIFT):
+        fits = f"these take {len(errors)}" if errors else "open-loop drift is left out"
+        print(f"\nno room in the episodes for {STARTS} dreams of {max(DRIFT)} steps after "
+              f"{BURN_IN} real frames: {fits}"
+              + f", and {npz} is not written" * bool(npz and not errors))
+    if errors:
+        steps = sorted({k for k in DRIFT if k < len(errors)} | {len(errors)})
+        print("", line(f"steps after {BURN_IN} real frames", steps),
+              line("mean squared error, of 1", (f"{errors[k - 1]:.1e}" for k in steps)), sep="\n")
+
+
+def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | None):
     """Play, dream beside it, keep the figures and a picture of one dream, print one table."""
     played = play(s, player)
     replay, reward = played.replay, played.replay["reward"].numpy().astype(float)
     starts, table = judge(player, replay)
+    drift, arrays = open_loop_drift(player, replay)
     ages, values = kl_by_age(played, player.half), value_and_return(s, played)
     scores = [reward[first:stop].sum() for first, stop in spans(replay)]
     lengths = [stop - first for first, stop in spans(replay)]
-    clean = {k: {name: None if math.isnan(figure) else figure for name, figure in row.items()}
+    clean = {k: {name: figure if math.isfinite(figure) else None for name, figure in row.items()}
              for k, row in table.items()}
     write_json(path.with_suffix(".json"), dict(
-        game=s.game, step=step, dreams=clean, kl_by_age=ages, **values, scores=scores,
-        lengths=lengths, versions=versions()))
+        game=s.game, step=step, dreams=clean, open_loop_drift=drift, kl_by_age=ages, **values,
+        scores=scores, lengths=lengths, versions=versions()))
+    if npz and drift:
+        np.savez_compressed(packed := io.BytesIO(), **arrays)
+        write_file(npz, packed.getvalue())
     drama.randomness(s.seed, 0, "picture")
     middle = starts[len(starts) // 2 : len(starts) // 2 + 1] - 4
     window = windows(replay, middle, drama.PICTURE_STEPS, player.d_past.device)
@@ -199,6 +275,7 @@ def check(s: drama.Settings, player: Player, step: int, path: Path):
     print(f"{EPISODES} episodes, scores {'; '.join(scores)}; {len(starts)} dreams; errors are of "
           f"255\n\n{line('steps of a dream', DREAMT)}")
     print(*(line(name, (table[k][name] for k in DREAMT)) for name in table[1]), sep="\n")
+    print_drift(drift, npz)
     if ages:
         print("", line("age of the play state, steps", ages), line("KL, nats", ages.values()),
               sep="\n")
@@ -212,12 +289,16 @@ def run_command(argv: list[str]):
                           allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("--out", metavar="DIR", help="where to write (the run's folder)")
+    parser.add_argument("--npz", metavar="FILE", type=Path,
+                        help="keep the frames, rewards and ends of the open-loop drift")
     parser.add_settings(drama.own_preset(), ("device", "threads"))
     flags = parser.parse(argv)
-    path = Path(flags.pop("run"))
+    path, npz = Path(flags.pop("run")), flags.pop("npz", None)
+    if npz and (npz.is_dir() or not os.access(npz.parent, os.W_OK)):
+        raise Mistake(f"--npz {npz} cannot be written: name a file in a folder that is there.")
     _, device, out = drama.playing_settings(path, flags, "tools.check")
     s, player, state = drama.load_player(path, device, EPISODES)
-    check(s, player, state["step"], out / f"model-check-{state['step']:06d}.png")
+    check(s, player, state["step"], out / f"model-check-{state['step']:06d}.png", npz)
 
 
 def main(argv: list[str] | None = None) -> int:

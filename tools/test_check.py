@@ -135,6 +135,109 @@ def test_dreams_are_spread_evenly_if_there_are_too_many(monkeypatch):
     assert dream.z[0].tolist() == [2, 14, 26]  # together what was dreamt two at a time
 
 
+class Deaf(Oracle):
+    """Dreams the same sums plus a noise, but of actions of its own: 2 a step, whatever is done."""
+
+    def imagine(self, start, horizon, policy):
+        taken = torch.full_like(start, 2)
+        return super().imagine(start + torch.randint(9, (len(start),)), horizon, lambda *_: taken)
+
+
+def test_exchanged_actions_raise_the_error_of_a_model_that_heeds_them(monkeypatch):
+    """The Oracle's dreams, 3 levels too bright, are 3 off; with another's actions they are off by
+    the difference of what these add up to, too. The other begins half of all dreams away, and
+    beyond the end it repeats its last action."""
+    monkeypatch.setattr(check, "AT_ONCE", 3)  # their partners are not among those dreamt with
+    monkeypatch.setattr(Oracle, "decode",
+                        lambda self, z: ((z + 3) / 255).view(-1, 1, 1, 1).expand(-1, 3, 64, 64))
+    actions = [1, 0, 2] * 3 + [4] * 8 + [0, 5] * 8
+    model, replay = Oracle(), counted(actions)
+    starts, table = check.judge(player_of(model, 1), replay)
+    assert starts.tolist() == [1, 5, 9, 13, 17, 21, 25, 29]
+    partner = dict(zip(starts, [17, 21, 25, 29, 1, 5, 9, 13]))
+    for k in (1, 5, 15):
+        seen = [at for at in starts if at + k < len(actions)]
+        taken = actions + [actions[-1]] * 15
+        off = [3 + sum(taken[partner[at]:][:k]) - sum(taken[at:][:k]) for at in seen]
+        close(table[k]["action-shuffle ratio"], sum(x * x for x in off) / 9 / len(seen), 1e-3)
+    assert table[15]["action-shuffle ratio"] > 2
+
+
+def test_exchanged_actions_are_nothing_to_a_model_that_ignores_them():
+    """Not even by chance: both dreams draw the same random numbers."""
+    torch.manual_seed(5)
+    _, table = check.judge(player_of(Deaf(), 3), counted([4, 0, 2, 1] * 6, [3, 0] * 9))
+    assert [table[k]["action-shuffle ratio"] for k in (1, 5, 15)] == [1.0] * 3
+    assert table[1]["error, all pixels"] > 1
+    _, table = check.judge(player_of(Deaf(), 3), counted([4] * 6))  # a dream without others
+    assert math.isnan(table[1]["action-shuffle ratio"])
+
+
+class Four(Oracle):
+    """Its samples of one start are 0, 1, 2 and 3 levels too bright; it reads 1 reward too much."""
+
+    def starts_from_contexts(self, batch):
+        self.seen = batch.frame[:, :, 0, 0, 0]
+        return super().starts_from_contexts(batch) + torch.arange(len(batch.first)) % 4
+
+    def imagine(self, *args):
+        dream = super().imagine(*args)
+        return dream._replace(reward=dream.reward + 1)
+
+
+def test_open_loop_drift_by_hand():
+    """60 steps have room for 7 starts of 50, 80 for 27, and 53 for none: 34, of which 32 are taken.
+    The mean of 0, 1, 4 and 9 is 3.5, at every step."""
+    episodes = [[1, 0, 9] * 20, [2] * 53, [3, 1] * 40]
+    model, replay = Four(), counted(*episodes)
+    errors, arrays = check.open_loop_drift(player_of(model, 3), replay)
+    assert len(errors) == 50
+    close(torch.tensor(errors), torch.full((50,), 3.5 / 255**2), 1e-4)
+    assert {name: (array.shape, array.dtype.kind) for name, array in arrays.items()} == dict(
+        real=((32, 50, 64, 64, 3), "u"), dream=((32, 4, 50, 64, 64, 3), "u"),
+        rrew=((32, 50), "f"), drew=((32, 4, 50), "f"), rend=((32, 50), "f"),
+        dend=((32, 4, 50), "f"))
+    begun = [at * 34 // 32 for at in range(32)]
+    begun = [at if at < 7 else at - 7 + 60 + 53 for at in begun]
+    level = [sum(taken[:t]) for taken in episodes for t in range(len(taken))]
+    taken = sum(episodes, [])
+    for i, at in enumerate(begun):  # frames at .. at + 3 are seen; the action at + 3 leads on
+        assert (model.seen[4 * i : 4 * i + 4] - torch.tensor(level[at : at + 4]) == 0).all()
+        assert arrays["real"][i, :, 7, 9, 1].tolist() == level[at + 4 : at + 54]
+        assert arrays["rrew"][i].tolist() == taken[at + 3 : at + 53]
+        assert arrays["rend"][i].tolist() == [a == 9 for a in taken[at + 3 : at + 53]]
+        for j in range(4):
+            bright = [shown + j for shown in level[at + 4 : at + 54]]
+            assert arrays["dream"][i, j, :, 9, 7, 2].tolist() == bright
+            assert arrays["drew"][i, j].tolist() == [a + 1 for a in taken[at + 3 : at + 53]]
+            assert (arrays["dend"][i, j] == arrays["rend"][i]).all()
+
+
+def test_drift_of_a_dream_that_stands_still_and_of_an_oracle(monkeypatch, capsys):
+    """2 a step: after k steps the still one is 2 k off. No 32 dreams of more than 6 fit in here."""
+    replay = counted([2] * 25, [2] * 25)
+    assert max(check.open_loop_drift(player_of(Oracle(), 3), replay)[0]) < 1e-12
+    imagine = Oracle.imagine
+    monkeypatch.setattr(Oracle, "imagine", lambda self, start, horizon, policy: imagine(
+        self, start, horizon, lambda *_: torch.zeros_like(start)))
+    errors, _ = check.open_loop_drift(player_of(Oracle(), 3), replay)
+    close(torch.tensor(errors), torch.tensor([(2 * k / 255) ** 2 for k in range(1, 7)]), 1e-4)
+    check.print_drift(errors, None)
+    out = capsys.readouterr().out
+    assert "32 dreams of 50 steps after 4 real frames: these take 6\n" in out
+    assert re.search(r"steps after 4 real frames +1 +5 +6\n.* 6\.2e-05 +1\.5e-03 +2\.2e-03\n", out)
+
+
+def test_drift_is_left_out_where_no_episode_has_room(capsys):
+    """4 frames are seen and one is dreamt: 5 steps hold one start, so 31 episodes hold 31."""
+    assert check.open_loop_drift(player_of(Oracle(), 3), counted(*[[1] * 5] * 31)) == ([], {})
+    assert len(check.open_loop_drift(player_of(Oracle(), 3), counted(*[[1] * 5] * 32))[0]) == 1
+    check.print_drift([], "x.npz")
+    assert capsys.readouterr().out == (
+        "\nno room in the episodes for 32 dreams of 50 steps after 4 real frames: "
+        "open-loop drift is left out, and x.npz is not written\n")
+
+
 def test_the_check_notes_what_player_and_critic_had_before_the_action(fake):
     """A player whose z_t is the frame's time and whose d is the number of its actions."""
     player = types.SimpleNamespace(model=Oracle(), d_past=torch.zeros(5, 1), age=0, history=[])
@@ -186,10 +289,10 @@ def refuse_nan(word):
     raise AssertionError(word)
 
 
-def check_twice(folder, elsewhere):
-    """Check a run, into its folder and into another -> what was kept."""
-    before = contents(folder)
-    assert check.main([str(folder), "--out", str(elsewhere)]) == 0 and contents(folder) == before
+def check_twice(folder, elsewhere, *more):
+    """Check a run, into its folder and into another, there with more flags -> what was kept."""
+    before, argv = contents(folder), [str(folder), "--out", str(elsewhere), *more]
+    assert check.main(argv) == 0 and contents(folder) == before
     assert check.main([str(folder), "--threads", "1"]) == 0
     for path in elsewhere.iterdir():
         assert path.read_bytes() == (folder / path.name).read_bytes()
@@ -211,9 +314,16 @@ def test_the_check_prints_a_table_keeps_it_and_draws_a_dream(run_folder, tmp_pat
     assert kept["kl_by_age"] and all(kl >= 0 for kl in kept["kl_by_age"].values())
 
 
-def test_a_gymnasium_game_is_checked_like_any_other(tmp_path, capsys):
+def test_a_gymnasium_game_is_checked_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "DRIFT", (1, 5))  # fewer frames to pack
     assert command(tmp_path / "run", "--game", "Dot") == 0
-    kept = check_twice(tmp_path / "run", tmp_path / "elsewhere")
+    kept = check_twice(tmp_path / "run", tmp_path / "elsewhere", "--npz", str(tmp_path / "it.npz"))
+    arrays = np.load(tmp_path / "it.npz")
+    assert arrays["dream"].shape == (32, 4, 5, 64, 64, 3)
+    real, dream = arrays["real"][:, None] / 255.0, arrays["dream"] / 255.0
+    error = ((real - dream) ** 2).mean((0, 1, 3, 4, 5))
+    assert np.abs(error - kept["open_loop_drift"]).max() < 2e-3  # dreams are rounded to bytes
+    assert all(row["action-shuffle ratio"] > 0 for row in kept["dreams"].values())
     assert kept["game"] == "Dot" and kept["lengths"] == [50] * 5
     assert kept["dreams"]["15"]["ends that came"] == 5 * 4  # from 36, 40, 44 and 48
 
@@ -222,6 +332,13 @@ def test_a_folder_that_takes_no_result_is_refused_before_playing(run_folder, fak
     fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
     fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(capsys, check.main, [run_folder], "cannot be written to.*--out DIR")
+    refused(capsys, check.main, [run_folder, "--npz", "it.npz"], "--npz it.npz cannot be written")
+
+
+@pytest.mark.parametrize("file", ["", "missing/it.npz"])
+def test_arrays_that_find_no_place_are_refused_before_playing(file, run_folder, fake, capsys):
+    fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
+    refused(capsys, check.main, [run_folder, "--npz", run_folder / file], "name a file")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
