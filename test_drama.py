@@ -3483,55 +3483,34 @@ def test_rows_that_a_kill_left_unsaved_come_once(runs, fake, tmp_path):
 # Numbers that are not
 
 
-def spoil_loss(patch, run):
-    loss = WorldModel.loss
-    patch.setattr(WorldModel, "loss", lambda *args: (loss(*args)[0] * math.nan, *loss(*args)[1:]))
+def spoilt(*args):
+    """As a hook on a gradient or on what a module gives."""
+    return args[-1] * math.nan
 
 
-def spoil_agent_loss(patch, run):
-    loss = ActorCritic.loss
-    patch.setattr(ActorCritic, "loss", lambda *args: (loss(*args)[0] * math.nan, loss(*args)[1]))
+def spoil_loss(module):
+    def loss(*args, loss=module.loss):
+        total, *rest = loss(*args)
+        return total * math.nan, *rest
+
+    module.loss = loss
 
 
-def spoil_gradient(patch, run):
-    next(run.model.encoder.parameters()).register_hook(lambda gradient: gradient * math.nan)
-
-
-def spoil_harmony_gradient(patch, run):
-    run.model.harmony["image"].register_hook(lambda gradient: gradient * math.inf)
-
-
-def spoil_agent_gradient(patch, run):
-    run.agent.actor[-1].weight.register_hook(lambda gradient: gradient * math.nan)
-
-
-def spoil_logits(patch, run):
-    run.model.posterior_head.register_forward_hook(lambda head, args, out: out * math.nan)
-
-
-def spoil_policy_logits(patch, run):
-    run.agent.actor.register_forward_hook(lambda actor, args, out: out * math.nan)
-
-
-def spoil_dream(patch, run):
-    run.model.prior_head.register_forward_hook(lambda head, args, out: out + math.inf)
-
-
-def spoil_weight(patch, run):
-    run.model.encoder[0].weight.data[0, 0, 0, 0] = math.nan
-
-
-def spoil_buffer(patch, run):
-    next(buffer for buffer in run.model.encoder.buffers()).fill_(math.nan)
-
-
-def spoil_slow_critic(patch, run):
-    run.agent.slow_critic[-1].bias.data[0] = math.inf
-
-
-OF_THE_MODEL = [spoil_loss, spoil_gradient, spoil_harmony_gradient, spoil_logits]
-OF_THE_AGENT = [spoil_agent_loss, spoil_agent_gradient, spoil_policy_logits, spoil_dream]
-LASTING = [spoil_weight, spoil_buffer, spoil_slow_critic]
+OF_THE_MODEL = dict(
+    loss=lambda run: spoil_loss(run.model),
+    gradient=lambda run: next(run.model.encoder.parameters()).register_hook(spoilt),
+    gradient_of_a_loss_weight=lambda run: run.model.harmony["image"].register_hook(spoilt),
+    posterior=lambda run: run.model.posterior_head.register_forward_hook(spoilt),
+    prior=lambda run: run.model.prior_head.register_forward_hook(spoilt))
+OF_THE_AGENT = dict(
+    agent_loss=lambda run: spoil_loss(run.agent),
+    agent_gradient=lambda run: run.agent.actor[-1].weight.register_hook(spoilt),
+    policy=lambda run: run.agent.actor.register_forward_hook(spoilt),
+    dreamt_reward=lambda run: setattr(run.model.two_hot, "mean", lambda x: x[..., 0] * math.nan))
+LASTING = dict(
+    weight=lambda run: run.model.encoder[0].weight.data[0].fill_(math.nan),
+    buffer=lambda run: run.model.encoder[1].running_mean.fill_(math.nan),
+    slow_critic=lambda run: run.agent.slow_critic[-1].bias.data[0].fill_(math.inf))
 VARIANTS = {"batch": [], "contexts": CONTEXTS}
 
 
@@ -3548,7 +3527,7 @@ def paused(tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("spoil", OF_THE_MODEL + OF_THE_AGENT + LASTING)
+@pytest.mark.parametrize("spoil", OF_THE_MODEL | OF_THE_AGENT | LASTING)
 def test_a_number_that_is_not_stops_the_run_and_is_never_saved(spoil, variant, paused, runs, fake,
                                                                tmp_path, capsys):
     """From step 30 on. What stays in the weights is found at the next save, here of the end."""
@@ -3558,7 +3537,7 @@ def test_a_number_that_is_not_stops_the_run_and_is_never_saved(spoil, variant, p
         if run.step >= 30 and not before:
             for net in ("model", "agent"):
                 before[net] = digest(getattr(run, net).state_dict())
-            spoil(fake, run)
+            (OF_THE_MODEL | OF_THE_AGENT | LASTING)[spoil](run)
         return update(run, batch)
 
     fake.setattr(drama, "update_world_model", update_spoilt)
