@@ -2404,7 +2404,7 @@ def test_README_commands_are_understood(monkeypatch):
         raise Understood
 
     monkeypatch.setattr(drama.Parser, "parse", parse_alone)
-    lines = re.findall(r"\bpython (?:drama\.py|-m (tools\.\w+))([^\n#&|`]*)", README)
+    lines = re.findall(r"\bpython (?:drama\.py|-m (tools\.\w+))([^\n#&|`<]*)", README)
     assert len(lines) > 5
     for tool, line in lines:
         if "--help" not in line and tool != "tools.graphs":  # which wants a GPU before all else
@@ -2762,8 +2762,8 @@ def test_the_table_rounds_to_no_negative_zero_and_counts_its_episodes(run_folder
     played = [dict(seed=0, score=1.69, length=9)]  # random play in Breakout earns 1.7
     fake.setattr(drama, "evaluate", lambda *_: played)
     s, player, state = drama.load_player(run_folder, eval_episodes=1)
-    for last, says in (([4.0], "4.0, mean of the last 1 .*paper's protocol takes 5"),
-                       ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], r"4.0, mean of the last 5 episodes\n")):
+    for last, says in (([4.0], "4.000, last 1 .*paper's protocol takes 5"),
+                       ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], r"4.000, last 5 episodes\n")):
         drama.evaluate_and_report(s, player, state | dict(scores=last), run_folder / "other.json")
         out = capsys.readouterr().out
         assert re.search(f"in training +{says}", out) and re.search("normalised +0.0 %", out)

@@ -9,8 +9,8 @@ steps or settings are not averaged: they are rows of their own, named by the set
 differ from most runs of their preset. Published scores: results/atari100k.csv.
 """
 
-import argparse
 import csv
+import functools
 import json
 import math
 import re
@@ -19,8 +19,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import drama  # first: it sets up torch
 import numpy as np
-
 from buffer import RENAMED, Mistake, known_scores
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
@@ -266,25 +266,24 @@ NOTES = """\
 if each game has two. Published agents, after 100,000 steps: one number a game, so no interval."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m tools.table", description=__doc__.split("\n")[0])
+def run_command(argv: list[str]):
+    parser = drama.Parser("python -m tools.table", description=__doc__.split("\n")[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run, or folder of runs")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write rows for pandas")
     parser.add_argument("--json", metavar="FOLDER", type=Path, help="write final scores and curves")
-    asked = parser.parse_args(argv)
+    asked = parser.parse(argv)
+    groups, legend = gather(asked["runs"])
     try:
-        groups, legend = gather(asked.runs)
-        print(score_tables(groups), aggregate_tables(groups), NOTES, *legend, sep="\n")
-        if asked.csv:
-            write_csv(asked.csv, groups)
-        if asked.json:
-            write_json(asked.json, groups)
-    except (Mistake, OSError) as error:
-        file = isinstance(error, OSError) and error.filename
-        print(f"table.py: {f'{file}: {error.strerror}' if file else error}", file=sys.stderr)
-        return 2
-    return 0
+        if asked["csv"]:
+            write_csv(asked["csv"], groups)
+        if asked["json"]:
+            write_json(asked["json"], groups)
+    except OSError as error:
+        raise Mistake(f"{error.filename} cannot be written: {error.strerror}.") from None
+    print(score_tables(groups), aggregate_tables(groups), NOTES, *legend, sep="\n")
 
+
+main = functools.partial(drama.command_line, run_command, name="tools.table")
 
 if __name__ == "__main__":
     sys.exit(main())
