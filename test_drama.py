@@ -2226,7 +2226,7 @@ def test_a_finished_runs_command_changes_nothing_and_says_its_score(fake, tmp_pa
     capsys.readouterr()
     assert command(tmp_path / "run") == 0
     out = capsys.readouterr().out
-    assert f"finished: debug, 64 steps, mean score {score:.1f}, episodes: 1 (" in out
+    assert f"finished: debug, 64 steps, mean score {score:g}, episodes: 1 (" in out
     assert contents(tmp_path) == before
 
 
@@ -2747,7 +2747,7 @@ def test_scores_are_kept_whole(monkeypatch, tmp_path, capsys):
     last = [1_234_567 + 0.125 * (seed % 2) for seed in seeds[: len(rows)]][-5:]
     assert content["last_training_scores"] == last
     assert content["scores"] == [1_234_567 + 0.125 * (seed % 2) for seed in content["seeds"]]
-    for words in ("score 1,234,567 in", "lowest, highest   1,234,567, 1,234,567.125"):
+    for words in ("score 1,234,567 in", "lowest, highest   1,234,567, 1,234,567.12"):
         assert words in out
 
 
