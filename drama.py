@@ -190,10 +190,10 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
 
 class AtariGame:
     """Atari, preprocessed by ale-py. A frame pools the last two of the four that an action is held
-    for (D12), reduced to 64 x 64 in colour. Up to 30 no-ops open an episode, or the game would be
-    one fixed film. No sticky actions, no clipped rewards. Losing a life is terminal, for learning,
-    but ends no episode.
-    """
+    for (D12; one that comes with game over is old), in 64 x 64. Up to 29 no-ops open an episode, or
+    it would be one fixed film. No sticky actions, no clipped rewards. A lost life is terminal, for
+    learning, but ends no episode. Lives that rise by 2 or more after the first step do: Frostbite's
+    player froze on the last life, and the console plays its demo from there."""
 
     FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator ends the process on them
 
@@ -227,7 +227,7 @@ class AtariGame:
 
     def reset(self, seeds) -> np.ndarray:
         frames, info = self.env.reset(seed=np.asarray(seeds, np.int64))
-        self.lives = info["lives"]
+        self.lives, self.played, self.pooled = info["lives"], False, [np.uint8(0)] * 2
         if self.screen:
             self.screen.reset_game()
             self.hold(ale_py.Action.NOOP, info["episode_frame_number"][0])
@@ -238,17 +238,17 @@ class AtariGame:
         if actions.min() < 0 or actions.max() >= self.actions:  # the emulator would hang
             raise ValueError(f"actions are 0 to {self.actions - 1}, not {actions}")
         frames, reward, terminated, truncated, info = self.env.step(actions)
-        terminal = terminated | (info["lives"] < self.lives)  # every step (D13); gains mean nothing
-        self.lives = info["lives"]
+        over = terminated | (self.played & (info["lives"] > self.lives + 1))
+        terminal = over | (info["lives"] < self.lives)  # every step (D13)
+        self.lives, self.played = info["lives"], True
         if self.screen:
             self.hold(self.screen.getMinimalActionSet()[actions[0]], 4)
-        return frames[:, 0], reward, terminal, terminated | truncated
+        return frames[:, 0], reward, terminal, over | truncated
 
     def hold(self, action, frames: int):
-        self.pooled = [np.zeros(())]
         for _ in range(frames):
             self.screen.act(action)
-            self.pooled = [self.pooled[-1], self.screen.getScreenRGB()]
+            self.pooled = self.pooled[-1], self.screen.getScreenRGB()
 
     def picture(self) -> np.ndarray:
         return np.maximum(*self.pooled)

@@ -35,6 +35,7 @@ import types
 import zlib
 from pathlib import Path
 
+import ale_py
 import gymnasium
 import numpy as np
 import pytest
@@ -1593,6 +1594,115 @@ def test_D13_only_a_decrease_of_lives_is_terminal_and_truncation_is_not(monkeypa
     game.reset([0])
     outcomes = [tuple(bool(x[0]) for x in game.step([0])[2:]) for _ in range(5)]
     assert outcomes == [(False, False), (True, False), (False, False), (False, True), (True, True)]
+
+
+def test_lives_that_rise_by_two_after_the_first_step_end_the_episode(monkeypatch):
+    script = [(1, 0, 0), (4, 0, 0), (5, 0, 0), (1, 0, 0), (4, 0, 0)]
+    monkeypatch.setattr(ScriptedEnv, "script", script)
+    monkeypatch.setattr(drama, "AtariVectorEnv", ScriptedEnv)
+    game = drama.AtariGame("Frostbite")
+    for _ in range(2):  # the second episode has a first step too
+        game.reset(np.array([0]))
+        outcomes = [tuple(bool(x[0]) for x in game.step([0])[2:]) for _ in range(4)]
+        assert outcomes == [(False, False), (False, False), (True, False), (True, True)]
+
+
+def test_frostbite_ends_when_its_player_freezes_on_the_last_life():
+    game, deaths = drama.AtariGame("Frostbite"), []
+    game.reset(np.array([0]))
+    for step in range(1, 4000):
+        _, _, terminal, done = game.step([0])
+        if terminal[0]:
+            deaths.append(step)
+        if done[0]:
+            break
+    assert len(deaths) == 4 and deaths[-1] == step and 3600 < step < 3700  # the emulator: 27,000
+
+
+def no_ops(game, seed):
+    """Reset the game -> how many no-ops it began with."""
+    seen, reset = [], game.env.reset
+    game.env.reset = lambda **options: seen.append(reset(**options)) or seen[0]
+    game.reset(np.array([seed]))
+    game.env.reset = reset
+    return int(seen[0][1]["episode_frame_number"][0])
+
+
+def random_steps(game, rng, most=3000):
+    """Outcomes of random play until the first copy is done, or for so many steps."""
+    for _ in range(most):
+        outcome = game.step(rng.integers(game.actions, size=1))
+        yield outcome
+        if outcome[3][0]:
+            break
+
+
+@pytest.mark.parametrize("title", ["Amidar", "Breakout", "DemonAttack"])
+def test_other_games_end_where_the_emulator_says(title):
+    game, ends = drama.AtariGame(title), []
+    for seed in range(1000):  # without no-ops Amidar and DemonAttack count no lives yet
+        if no_ops(game, seed) == 0:
+            break
+    inner = game.env.step
+
+    def step(actions):
+        _, _, terminated, truncated, _ = outcome = inner(actions)
+        ends.append(bool(terminated[0] | truncated[0]))
+        return outcome
+
+    game.env.step = step
+    ours = [bool(done[0]) for _, _, _, done in random_steps(game, np.random.default_rng(0))]
+    assert ours == ends and ours[-1]
+
+
+@pytest.mark.parametrize("title", ["Assault", "Seaquest"])
+def test_resets_are_seeded_because_the_game_before_would_leak(title, monkeypatch):
+    def without_no_ops(*args, **kwargs):
+        return atari(*args, **kwargs | dict(noop_max=1))
+
+    atari = drama.AtariVectorEnv
+    monkeypatch.setattr(drama, "AtariVectorEnv", without_no_ops)
+    game, rng = drama.AtariGame(title), np.random.default_rng(0)
+    same_actions = rng.integers(game.actions, size=(40, 1))
+
+    def films(reset):  # of one beginning, each after another game
+        for _ in range(6):
+            reset()
+            yield b"".join(game.step(action)[0].tobytes() for action in same_actions)
+            list(random_steps(game, rng, 300))
+
+    assert len(set(films(lambda: game.reset(np.array([3]))))) == 1 < len(set(films(game.env.reset)))
+
+
+@pytest.mark.parametrize("title", ["Assault", "Breakout"])
+def test_D12_frames_are_of_their_step_at_lost_lives_and_old_at_game_over(title, monkeypatch):
+    def in_full_size(*args, **options):
+        return atari(*args, **options | dict(img_height=210, img_width=160))
+
+    atari = drama.AtariVectorEnv
+    monkeypatch.setattr(drama, "AtariVectorEnv", in_full_size)
+    game, rng = drama.AtariGame(title), np.random.default_rng(0)
+    count = no_ops(game, 0)
+    shown = game.reset(np.array([0]))[0]
+    ale = ale_py.ALEInterface()
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.loadROM(ale_py.roms.get_rom_path(game.rom))
+    ale.reset_game()
+    for _ in range(count):
+        ale.act(ale_py.Action.NOOP)
+    deaths, done = 0, [False]
+    while not done[0]:
+        before, action = shown, rng.integers(game.actions)
+        (shown,), _, terminal, done = game.step([action])
+        screens = []
+        while len(screens) < 4 and not ale.game_over():
+            ale.act(ale.getMinimalActionSet()[action])
+            screens.append(ale.getScreenRGB())
+        if not done[0]:
+            assert np.array_equal(shown, np.maximum(screens[2], screens[3]))
+            deaths += int(terminal[0])
+    old = before if len(screens) < 4 else np.maximum(before, screens[2])
+    assert deaths == 3 + (title == "Breakout") and ale.game_over() and np.array_equal(shown, old)
 
 
 def test_D12_the_environment_is_that_of_the_protocol(monkeypatch):
