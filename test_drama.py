@@ -2149,7 +2149,8 @@ def test_a_game_of_ones_own_is_made_with_its_arguments(own, recwarn):
 
 def test_an_identifier_of_gymnasium_is_made_with_its_arguments():
     gymnasium.register("Counter-v0", lambda end=4: Counter(end=end), max_episode_steps=9)
-    game = GymnasiumGame(functools.partial(make_gymnasium, "Counter-v0", "max_episode_steps=2,end=9"))
+    make = functools.partial(make_gymnasium, "Counter-v0", "max_episode_steps=2,end=9")
+    game = GymnasiumGame(make)
     game.reset([0])
     assert [game.step([0])[3][0] for _ in range(2)] == [False, True]
     del gymnasium.registry["Counter-v0"]
