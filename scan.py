@@ -16,8 +16,9 @@ which is the definition, and in parallel over blocks of steps, which is what one
     g...       the gradient of ..., in the backward passes
 
 `python scan.py` checks the parallel scans against the loops on this machine and measures them.
-Read alongside: Gu and Dao, "Mamba" (arXiv 2312.00752), section 3; Dao and Gu, "Transformers are
-SSMs" (arXiv 2405.21060), section 6. Parameters are named as in their reference implementation.
+This is the last of the four files to read. Alongside: Gu and Dao, "Mamba" (arXiv 2312.00752),
+section 3; Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. Parameters are named
+as in their reference implementation.
 """
 import functools
 import itertools
@@ -635,6 +636,9 @@ class Mamba2(nn.Module):
         return x, F.softplus(dt + self.dt_bias), -self.A_log.exp(), B, C, self.D
 
 
+# One of yours: Layer(d_model, layers, d_state=...) with the same three methods. forward takes whole
+# sequences, a State or None, resets and `every` (then it returns the State after each piece), step
+# one step; a State is two tensors (B, ...), returned and never changed in place.
 BACKBONES = {"mamba": Mamba, "mamba2": Mamba2}
 
 
