@@ -6,9 +6,8 @@
 
 This file is all that runs: settings, game, training loop, saving, evaluation, command line. Read it
 first, as far as the end of the training loop; then buffer.py, all that is remembered; agent.py, all
-that learns, with the time index of every step t; and scan.py, the sequence layers.
-
-All counts of steps are agent steps; in Atari one is four frames of the game.
+that learns, with the time index of every step t; and scan.py, the sequence layers. All counts of
+steps are agent steps; in Atari one is four frames of the game.
 """
 
 import argparse
@@ -195,13 +194,12 @@ class AtariGame:
     learning, but ends no episode. Lives that rise by 2 or more after the first step do: Frostbite's
     player froze on the last life, and the console plays its demo from there."""
 
-    FOR_TWO = {"combat", "joust", "maze_craze", "warlords"}  # the emulator ends the process on them
-
     @classmethod
     @functools.cache
     def names(cls) -> dict[str, str]:
         """Title, as in the score tables -> ROM: MsPacman -> ms_pacman."""
-        roms = sorted(set(ale_py.roms.get_all_rom_ids()) - cls.FOR_TWO)
+        for_two = {"combat", "joust", "maze_craze", "warlords"}  # they would end the process
+        roms = sorted(set(ale_py.roms.get_all_rom_ids()) - for_two)
         return {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms}
 
     def __init__(self, title: str, copies: int = 1, film: str = ""):
@@ -577,8 +575,9 @@ def evaluate(s: Settings, player: Player) -> list[dict]:
                 length += ~over
                 score, over = score + move.reward, move.over
                 earned = step if move.reward.any() else earned
-                bar.set_postfix_str(f"{over.sum()} of {copies} over, mean {score.mean():,.6g}"
-                                    f", nothing earned for {step - earned} steps", refresh=False)
+                mean, idle = in_digits(float(score.mean()), ","), step - earned
+                bar.set_postfix_str(f"{over.sum()} of {copies} over, mean {mean}, nothing earned "
+                                    f"for {idle} steps", refresh=False)
         except KeyboardInterrupt:
             print(f"ended early: {over.sum()} of {copies} episodes were over, and only they count")
     return [dict(seed=int(seeds[i]), score=float(score[i]), length=int(length[i]))
@@ -606,7 +605,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         table["lowest, highest"] = ", ".join(in_digits(f(scores), ",") for f in (min, max))
     if last:
         short = " (the paper's protocol takes 5)" * (len(last) < 5)
-        table["in training"] = f"{np.mean(last):,.{digits}f}, last {len(last)} episodes{short}"
+        number = f"the last {len(last)} of {len(state['scores'])} episodes"
+        table["in training"] = f"{np.mean(last):,.{digits}f}, {number}{short}"
     if known and scores:
         normalised = round(human_normalised(s.game, np.mean(scores)), 1) + 0.0  # never -0.0
         table["human-normalised"] = f"{normalised:.1f} %"
@@ -901,7 +901,7 @@ class Parser(argparse.ArgumentParser):
                                                 for name, equals, value in words])
         if unknown:
             word = unknown[0].split("=")[0]
-            if tool := MOVED.get(word[2:].replace("-", "_")):
+            if tool := MOVED.get(word[2:].removeprefix("no-").replace("-", "_")):
                 raise Mistake(f"{word} is a tool of its own now: python -m tools.{tool}")
             known = [name for action in self._actions for name in action.option_strings]
             near = difflib.get_close_matches(word, known, 1, 0.5)

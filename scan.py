@@ -82,7 +82,7 @@ def in_parallel(scan, x, dt, A, B, C, D, state, reset, every):
 
     They multiply what lies behind a reset by 0, which does not rid them of a NaN. So a step that is
     not finite in all it has, or is beyond 1e19 and might overflow on the way, is taken out before,
-    and whatever has seen it is made NaN afterwards.
+    and whatever has seen it, or comes after it and before the next reset, is made NaN afterwards.
     """
     check_sizes(x, every)
     x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
@@ -298,7 +298,7 @@ class S6(torch.autograd.Function):
             gends[rows, :, channels] = g
         gwrite, gdt, gB, gC = (g.view(batch, K * Q, -1)[:, :length] for g in (gwrite, gdt, gB, gC))
         gx, gdt = torch.addcmul(gy * D, gwrite, dt), torch.addcmul(gdt, gwrite, x)
-        gD = (gy * x).sum((0, 1)) + lost
+        gD = (gy * finite(x)).sum((0, 1)) + lost
         return gx, gdt, gA.t(), gB, gC, gD, gends_k[:, 0].transpose(1, 2), None, None
 
 

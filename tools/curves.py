@@ -171,7 +171,8 @@ def run_command(argv: list[str]):
         print("minutes of the clock, as an older version noted no CPU time: " + ", ".join(clocked),
               file=sys.stderr)
     draw(panels, asked["over"], path)
-    print(f"training scores of {sum(map(len, panels.values()))} runs: {path}"
+    count = sum(map(len, panels.values()))
+    print(f"training scores of {count} run{'s' * (count > 1)}: {path}"
           + ", in place of the last drawing" * there)
 
 
