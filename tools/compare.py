@@ -83,8 +83,8 @@ def trained(s: drama.Settings, device, frozen: Replay, held_out: Replay, **trial
     run.replay.append_steps(frozen.steps(0, FROZEN))
     train(run, **trial)
     row = dict(seconds=round(time.monotonic() - start))
-    _, figures = judge(Player(run.model, run.agent, 1, LAPTOP["length"]), held_out)
-    return row | {f"{name} @{k}": f"{figure:.5g}" for k, each in figures.items()
+    _, measured = judge(Player(run.model, run.agent, 1, LAPTOP["length"]), held_out)
+    return row | {f"{name} @{k}": f"{figure:.5g}" for k, each in measured.items()
                   for name, figure in each.items()}
 
 

@@ -87,33 +87,33 @@ def test_every_dream_is_set_beside_what_happened():
     assert not model.opened[:, 1:].any()
     level = [sum(LONG[:t]) for t in range(22)] + [sum(SHORT[:t]) for t in range(10)]
     for k in (1, 5, 15):
-        figures = check.measure(model, replay, starts, left, dream, k)
+        found = check.measure(model, replay, starts, left, dream, k)
         taken = [a for start, n in zip(starts, left) for a in (LONG + SHORT)[start:][: min(n, k)]]
         for name, come in dict(rewards=lambda a: a != 0, ends=lambda a: a == 9).items():
-            assert figures[f"{name} that came"] == sum(map(come, taken)) > 0
-            assert figures[f"{name} foreseen, %"] == figures[f"foreseen {name} that came, %"] == 100
-        close(figures["mean reward"], sum(taken) / len(taken))
-        close(figures["mean dreamt reward"], sum(taken) / len(taken))
+            assert found[f"{name} that came"] == sum(map(come, taken)) > 0
+            assert found[f"{name} foreseen, %"] == found[f"foreseen {name} that came, %"] == 100
+        close(found["mean reward"], sum(taken) / len(taken))
+        close(found["mean dreamt reward"], sum(taken) / len(taken))
         # Of what comes after an episode's last action there is no frame to be held to
         seen = [start for start, n in zip(starts, left) if n > k]
         assert len(seen) == {1: 7, 5: 5, 15: 1}[k]
-        assert figures["error, all pixels"] < 1e-3
+        assert found["error, all pixels"] < 1e-3
         still = [(level[start + k] - level[start]) ** 2 for start in seen]
-        close(figures["had nothing moved"], math.sqrt(sum(still) / len(still)), 1e-3)
+        close(found["had nothing moved"], math.sqrt(sum(still) / len(still)), 1e-3)
         kl = [kl_by_hand(0.2 + level[start + k] / 510, 0.4 + k / 100) for start in seen]
-        close(figures["KL, nats"], sum(kl) / len(kl))
+        close(found["KL, nats"], sum(kl) / len(kl))
         moves = [(LONG + SHORT)[start + k - 1] > 16 for start in seen]
-        assert figures["moving pixels that move, %"] == 100 if any(moves) else True
+        assert found["moving pixels that move, %"] == 100 if any(moves) else True
 
 
 def test_a_dream_that_stands_still_follows_no_moving_pixel():
     model, replay = Oracle(), counted([0, 0, 0] + [20] * 10)
     dream = model.imagine(torch.tensor([0]), 5, lambda t, z, d_past: torch.tensor([0]))
-    figures = check.measure(model, replay, np.array([3]), np.array([10]), dream, 2)
-    assert figures["moving pixels that move, %"] == 0 and figures["rewards foreseen, %"] == 0
-    assert math.isnan(figures["foreseen rewards that came, %"])
-    close(figures["error, moving pixels"], 40.0, 1e-3)
-    close(figures["had they not moved"], 40.0, 1e-3)
+    found = check.measure(model, replay, np.array([3]), np.array([10]), dream, 2)
+    assert found["moving pixels that move, %"] == 0 and found["rewards foreseen, %"] == 0
+    assert math.isnan(found["foreseen rewards that came, %"])
+    close(found["error, moving pixels"], 40.0, 1e-3)
+    close(found["had they not moved"], 40.0, 1e-3)
 
 
 def test_a_short_episode_is_dreamt_of_from_its_middle():
@@ -123,8 +123,8 @@ def test_a_short_episode_is_dreamt_of_from_its_middle():
     assert starts.tolist() == [2, 7, 9] and left.tolist() == [3, 2, 1]
     opened = [[t in (0, 5, 9) or t < 0 for t in range(start - 8, start + 1)] for start in starts]
     assert model.opened.tolist() == opened
-    figures = check.measure(model, replay, starts, left, dream, 5)
-    assert figures["rewards that came"] == 6 and math.isnan(figures["error, all pixels"])
+    found = check.measure(model, replay, starts, left, dream, 5)
+    assert found["rewards that came"] == 6 and math.isnan(found["error, all pixels"])
 
 
 def test_dreams_are_spread_evenly_if_there_are_too_many(monkeypatch):
