@@ -1057,7 +1057,7 @@ def test_losses_fall_on_a_cyclic_video():
         last, none = (t % 5 == 4).float(), torch.zeros(4, 10)
         return Batch(video[t % 5], none.long(), last, last, none.bool())
 
-    history = trained(tiny_model(**SMALL), 200, draw)
+    history = trained(tiny_model(**SMALL), 140, draw)
     early, late = history[0], {k: sum(m[k] for m in history[-10:]) / 10 for k in history[0]}
     for name in ("image_loss", "reward_loss", "end_loss"):
         assert late[name] < 0.3 * early[name]
@@ -1073,7 +1073,7 @@ def test_D2_a_dream_pays_for_the_action_just_taken():
         return Batch(frame, action, action.float(), never, never.bool())
 
     model = tiny_model(3, **SMALL)
-    trained(model, 250, draw)
+    trained(model, 170, draw)
     batch, script = draw(), torch.randint(0, 3, (6, 8))
     dream = model.imagine(model.starts_from_contexts(batch), 6, lambda t, z, d_past: script[t])
     now, before = script.float(), torch.cat([batch.action[:, -2:-1].T, script[:-1]]).float()
@@ -1811,7 +1811,7 @@ def test_resets_are_seeded_because_the_game_before_would_leak(title, monkeypatch
     same_actions = rng.integers(game.actions, size=(40, 1))
 
     def films(reset):  # of one beginning, each after another game
-        for _ in range(6):
+        for _ in range(4):
             reset()
             yield b"".join(game.step(action)[0].tobytes() for action in same_actions)
             list(random_steps(game, rng, 300))
