@@ -13,7 +13,8 @@ import statistics
 import sys
 import time
 
-import drama
+import drama  # first: it sets up torch
+import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -79,10 +80,12 @@ def check(updates: int = 30):
     for kind in ("plain", "graphs"):
         s, device, _ = drama.new_settings(dict(preset="laptop", device="cuda", steps=4000))
         run, times = drama.Run(s, device), []
-        run.replay.columns["frame"].random_()
-        for column in run.replay.columns.values():
-            column.clamp_(max=1) if column.dim() == 1 and column.dtype != torch.bool else None
-        run.replay.length = s.steps
+        rng = np.random.default_rng(0)
+        run.replay.append_steps(dict(
+            frame=rng.integers(256, size=(s.steps, 64, 64, 3), dtype=np.uint8),
+            action=rng.integers(run.game.actions, size=s.steps, dtype=np.int32)))
+        for group in run.model_optimizer.param_groups + run.agent_optimizer.param_groups:
+            group["lr"].fill_(group["rate"])
         for update in range(updates):
             batch = run.draw(s.batch, s.length, drama.randomness(s.seed, update, "windows"))
             torch.cuda.synchronize()
