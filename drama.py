@@ -64,8 +64,9 @@ PRESETS = {
     # critic is as wide as the actor, or it would cost as much as both.
     "laptop": dict(
         OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
-        length=64, dreams=64, horizon=15, critic_hidden=256, tau=2.5, optimizer="adam",
-        model_lr=4e-4, agent_lr=4e-5, eps=1e-8, warmup_updates=200),
+        length=64, horizon=15, critic_hidden=256, tau=0.625, optimizer="adam",
+        train_every=4, model_steps=4, dreams=128, warmup_updates=50, log_every=25,
+        model_lr=4e-4, agent_lr=1e-4, eps=1e-8),
     "debug": dict(  # seconds; learns no more than Dot
         OURS, steps=192, learning_starts=64, train_every=8, batch=4, length=16,
         channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32, head_dim=16,
@@ -112,6 +113,7 @@ class Settings:
     tau: float = setting(10.0, "temperature of dfs, draws (code): 10 at 16 draws a step", low=0.01)
     batch: int = setting(16, "windows of a world-model update (paper)")
     length: int = setting(128, "steps of such a window (paper)", low=2)
+    model_steps: int = setting(1, "steps of the model an update, each on its share of the batch (ours)")
     # World model
     channels: tuple = setting((16, 32, 48, 64, 64), "filters of the encoder's convolutions (code)")
     strides: tuple = setting((1, 2, 2, 2, 2), "their strides, pixels (code)")
@@ -340,7 +342,16 @@ class Run:
 
 
 def update_world_model(run: Run, batch: Batch):
-    """One update from windows (B, L) -> latents just drawn (B, L, K), metrics, was it taken."""
+    """An update from windows (B, L), in steps down the loss of a share of them each -> latents just
+    drawn (B, L, K), mean metrics, whether every step was taken."""
+    shares = zip(*(column.chunk(run.settings.model_steps) for column in batch))
+    z, metrics, good = zip(*(step_world_model(run, Batch(*share)) for share in shares))
+    means = {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
+    return torch.cat(z), means, torch.stack(good).all()
+
+
+def step_world_model(run: Run, batch: Batch):
+    """One step from windows (B, L) -> latents just drawn (B, L, K), metrics, was it taken."""
     model, buffers = run.model, [buffer.clone() for buffer in run.model.buffers()]
     model.train()  # input statistics change here and nowhere else (D6)
     with run.autocast():
