@@ -59,9 +59,9 @@ OURS = dict(harmony=True, event_weights=True, policy_unimix=0.01, entropy=1e-3, 
 PRESETS = {
     "paper": {},
     "best": OURS,
-    # As many updates as steps, of a quarter of the windows (README, "Results"). Adam is one fused
-    # pass over the parameters, where LaProp is a dozen; dreams are as long as DreamerV3's; the
-    # critic is as wide as the actor, or it would cost as much as both.
+    # Every fourth step the model takes four steps, of one window each, and the agent one, in dreams
+    # from all four (README, "Results"). Adam is one fused pass over the parameters, where LaProp is
+    # a dozen; dreams are as long as DreamerV3's; the critic is as wide as the actor.
     "laptop": dict(
         OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
         length=64, horizon=15, critic_hidden=256, tau=0.625, optimizer="adam",
@@ -113,7 +113,7 @@ class Settings:
     tau: float = setting(10.0, "temperature of dfs, draws (code): 10 at 16 draws a step", low=0.01)
     batch: int = setting(16, "windows of a world-model update (paper)")
     length: int = setting(128, "steps of such a window (paper)", low=2)
-    model_steps: int = setting(1, "steps of the model an update, each on its share of the batch (ours)")
+    model_steps: int = setting(1, "steps of the model an update, each on its share of a batch")
     # World model
     channels: tuple = setting((16, 32, 48, 64, 64), "filters of the encoder's convolutions (code)")
     strides: tuple = setting((1, 2, 2, 2, 2), "their strides, pixels (code)")
@@ -342,24 +342,20 @@ class Run:
 
 
 def update_world_model(run: Run, batch: Batch):
-    """An update from windows (B, L), in steps down the loss of a share of them each -> latents just
-    drawn (B, L, K), mean metrics, whether every step was taken."""
-    shares = zip(*(column.chunk(run.settings.model_steps) for column in batch))
-    z, metrics, good = zip(*(step_world_model(run, Batch(*share)) for share in shares))
+    """One update from windows (B, L), a step for each share of them -> latents just drawn
+    (B, L, K), mean metrics, whether every step was taken."""
+    s, model, taken = run.settings, run.model, []
+    for share in zip(*(column.chunk(s.model_steps) for column in batch)):
+        buffers = [buffer.clone() for buffer in model.buffers()]
+        model.train()  # input statistics change here and nowhere else (D6)
+        with run.autocast():
+            loss, metrics, z = model.loss(Batch(*share))
+        model.eval()
+        norm, good = take_step(model, run.model_optimizer, loss, s.model_max_grad_norm, buffers)
+        taken.append((z, metrics | dict(model_norm=norm), good))
+    z, metrics, good = zip(*taken)
     means = {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
     return torch.cat(z), means, torch.stack(good).all()
-
-
-def step_world_model(run: Run, batch: Batch):
-    """One step from windows (B, L) -> latents just drawn (B, L, K), metrics, was it taken."""
-    model, buffers = run.model, [buffer.clone() for buffer in run.model.buffers()]
-    model.train()  # input statistics change here and nowhere else (D6)
-    with run.autocast():
-        loss, metrics, z = model.loss(batch)
-    model.eval()
-    max_norm = run.settings.model_max_grad_norm
-    norm, good = take_step(model, run.model_optimizer, loss, max_norm, buffers)
-    return z, metrics | dict(model_norm=norm), good
 
 
 def update_agent(run: Run, batch: Batch, z: Tensor, good: Tensor):
@@ -841,6 +837,8 @@ def check(s: Settings):
     if s.dreams * s.horizon > 2**24:
         raise Mistake(f"--dreams {s.dreams} of --horizon {s.horizon} are {s.dreams * s.horizon:,} "
                       f"steps, and {2**24:,} are the most that torch finds a quantile of.")
+    if s.batch % s.model_steps:
+        raise Mistake(f"--model-steps {s.model_steps} cannot share out --batch {s.batch} windows.")
     windows = {"--batch": (s.batch, s.length)}
     if s.dream_from == "contexts":
         windows["--dreams"] = s.dreams, s.context

@@ -9,6 +9,7 @@ FakeGame stands in for Atari wherever the emulator itself is not the point.
 import argparse
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import errno
@@ -2338,6 +2339,42 @@ def test_the_model_is_in_training_mode_in_its_update_alone(runs, fake, tmp_path)
                          starts_from_batch={False})  # fmt: skip
 
 
+def test_an_update_is_a_step_of_the_model_for_each_share_of_the_windows(runs, tmp_path):
+    """Two shares of two windows: what two losses and two steps of Adam by hand make of them."""
+    flags = "--batch 4 --model-steps 2 --no-harmony --dropout 0 --model-max-grad-norm 1e6".split()
+    assert command(tmp_path / "run", *flags, "--steps", "25") == 0
+    run = runs[0]
+    model, batch = copy.deepcopy(run.model), run.replay.windows(np.array([0, 3, 5, 8]), 8, "cpu")
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, eps=1.0)  # no step from mere rounding
+    adam.load_state_dict(copy.deepcopy(run.model_optimizer.state_dict()) | dict(
+        param_groups=adam.state_dict()["param_groups"]))
+    for group in run.model_optimizer.param_groups:
+        group["lr"].fill_(1e-3)
+        group["eps"] = 1.0
+    torch.manual_seed(3)
+    losses, latents = [], []
+    for two in (slice(0, 2), slice(2, 4)):
+        loss, _, z = model.train().loss(buffer.Batch(*(column[two] for column in batch)))
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+        latents.append(z)
+    torch.manual_seed(3)
+    z, metrics, good = drama.update_world_model(run, batch)
+    assert good and z.equal(torch.cat(latents))
+    assert metrics["model_loss"].item() == pytest.approx(sum(losses) / 2, rel=1e-5)
+    for (name, ours), theirs in zip(run.model.named_parameters(), model.parameters()):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6), name
+
+
+def test_one_bad_step_of_the_model_keeps_the_agent_from_learning(runs, tmp_path):
+    assert command(tmp_path / "run", "--batch", "4", "--model-steps", "4") == 0
+    batch = runs[0].replay.windows(np.array([0, 3, 5, 8]), 8, "cpu")
+    batch.reward[2, 4] = math.nan
+    assert drama.update_world_model(runs[0], batch)[2].tolist() is False
+
+
 CONTEXTS = "--dream-from contexts --context 4 --backbone mamba --optimizer laprop".split()
 
 
@@ -2431,8 +2468,8 @@ CHANGED = dict(
     preset="debug", game="Pong", game_args="size=8", action_repeat=2, seed=3, steps=70,
     device="cpu", threads=1, precision="bfloat16", replay_device="cpu", save_minutes=7.5,
     log_every=3, eval_episodes=1, learning_starts=33, train_every=5,
-    sampling="uniform", batch=3, length=6, channels=(4, 6), strides=(4, 4), kernel=(7, 4),
-    groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8, dropout=0.2,
+    sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
+    kernel=(7, 4), groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8, dropout=0.2,
     head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2, harmony=False,
     event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3, actor_hidden=12,
     critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002, policy_unimix=0.02,
@@ -2627,7 +2664,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--layers 1" + 20 * "0", "--layers must be from 1 to"), ("--seed 9" + 20 * "9", "--seed"),
     ("--tau inf", "--tau"), ("--gamma nan", "--gamma"), ("--model-lr -1", "--model-lr"),
     ("--horizon 0", "--horizon"), ("--channels 4,x", "4,x.*whole numbers such as"),
-    ("--strides 2,2", "strides"),
+    ("--strides 2,2", "strides"), ("--model-steps 3", "--model-steps 3.*--batch 2"),
     ("--head-dim 7", "head_dim"), ("--dreams 3", "--dreams 3"), ("--context 4", "--context"),
     ("--backbone gru", "--backbone.*mamba2"), ("--dream-from contexts --dreams 99", "--dreams 99"),
     ("--act-on prior", "--eval"), ("--out x", "--eval"), ("--steps", "--steps"),
