@@ -40,6 +40,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 import zlib
 from collections import deque
 from importlib.metadata import version
@@ -266,6 +267,34 @@ class Console:
         except OSError:
             with contextlib.suppress(OSError, ValueError):  # so that Python's last flush works, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def command_line(command, argv: list[str] | None = None, name: str = "drama.py") -> int:
+    """command(words of the command line) -> exit code; errors are one sentence."""
+    with (contextlib.redirect_stdout(Console(sys.stdout)),
+          contextlib.redirect_stderr(Console(sys.stderr))):
+        try:
+            command(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt:
+            return 130
+        except (Mistake, Stopped, OSError, MemoryError, RuntimeError) as error:
+            text = reason(error)
+            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
+                text = ("there is not enough memory: what was saved is kept; a new run with a "
+                        "smaller --batch, --dreams or --d-model, or on another --device, may fit")
+            elif isinstance(error, RuntimeError):
+                raise
+            print(f"{name}: {text}", file=sys.stderr)
+            return 2 if isinstance(error, Mistake) else 1
+        finally:
+            sys.stdout.flush()  # here, where it cannot fail
+    return 0
+
+
+def reason(error: Exception) -> str:
+    """An error without its number."""
+    named = isinstance(error, OSError) and error.strerror and error.filename
+    return f"{error.strerror}: {error.filename}" if named else str(error)
 
 
 class Clock:
@@ -601,10 +630,8 @@ class Folder:
 
     def resume(self, manifest: dict, state: dict, files: dict[str, bytes], replay: Replay):
         """Fill an empty replay with what `load` returned, and go on from there."""
-        for name in sorted(files, key=lambda name: (len(name), name)):
-            with np.load(io.BytesIO(files[name]), allow_pickle=False) as steps:
-                replay.append_steps(steps)
-        replay.append_steps(tree_map(Tensor.numpy, state["newest"]))
+        for steps in steps_of(state, files):
+            replay.append_steps(steps)
         replay.load_counters(tree_map(Tensor.numpy, state["counters"]))
         self.chunks = {name: manifest["files"][name] for name in files}
         self.tables, self.saved_step = {k: v for k, v in state["logs"].items() if v}, state["step"]
@@ -641,6 +668,15 @@ def intact(path: Path, remedy: str):
         raise Mistake(f"{path} is damaged: {remedy}.") from None
 
 
+def steps_of(state: dict, files: dict[str, bytes], count: int = sys.maxsize):
+    """Columns of the steps that a save holds, file by file, the oldest first; but for the oldest
+    files, if a `count` of steps is enough."""
+    for name in sorted(files, key=lambda name: (len(name), name))[-(count // CHUNK + 1) :]:
+        with np.load(io.BytesIO(files[name]), allow_pickle=False) as steps:
+            yield dict(steps)
+    yield tree_map(Tensor.numpy, state["newest"])
+
+
 def kept_evaluation(path: Path) -> tuple[int, list[float]]:
     """Step and scores of an evaluation on the disk."""
     with intact(path, "delete it, and --eval makes a new one"):
@@ -650,6 +686,81 @@ def kept_evaluation(path: Path) -> tuple[int, list[float]]:
 
 def no_run(path: Path) -> Mistake:
     return Mistake(f"{path} holds no run." if path.is_dir() else f"there is no folder {path}.")
+
+
+def mean_and_error(scores) -> tuple[float, float]:
+    """Of some scores: their mean, and its standard error."""
+    return float(np.mean(scores)), float(np.std(scores) / max(1, len(scores) - 1) ** 0.5)
+
+
+# ---------------------------------------------------------------- an agent in one file
+
+MOMENTS = 512  # steps that an exported agent brings along: 34 seconds of Atari
+
+
+def load_run(path: Path, with_replay: bool = True) -> tuple[dict, dict, dict]:
+    """Manifest, state and replay files of a run, or of an agent that `export` wrote: its networks
+    alone are in `learning`, and all its steps are `newest`."""
+    if not path.is_file():
+        return Folder(path).load(with_replay)
+    with in_one_sentence(f"{path} is damaged, or no agent that --export wrote"):
+        with zipfile.ZipFile(path) as archive:  # torch.load overlooks the checksums
+            if damaged := archive.testzip():
+                raise Mistake(f"{path} is damaged, in {damaged}: put it back from a copy.")
+        agent = torch.load(path, "cpu", weights_only=True)
+        if agent["format"] > FORMAT:
+            raise Mistake(f"{path} was written by a newer version of this program: use that one.")
+        with np.load(io.BytesIO(agent["moments"].numpy().tobytes()), allow_pickle=False) as steps:
+            newest = {name: torch.from_numpy(column) for name, column in steps.items()}
+        about = {name: agent[name] for name in ("settings", "versions", "score")}
+        state = {name: agent[name] for name in ("step", "scores", "learning")}
+    return about, state | dict(newest=newest), {}
+
+
+def newest_steps(state: dict, files: dict[str, bytes], count: int) -> dict:
+    """Columns of the last `count` steps, or of all there are, that `load_run` found."""
+    parts = list(steps_of(state, files, count))
+    replay = Replay(sum(len(part["action"]) for part in parts))
+    for part in parts:
+        replay.append_steps(part)
+    return replay.steps(max(0, replay.length - count), replay.length)
+
+
+def export(source: Path, target: Path) -> str:
+    """Write what plays and dreams of a run as one file -> in words, what it holds.
+
+    Matrices are kept in float16, which rounds them by a part in 2,000 at most, all else as it is.
+    """
+    about, state, files = load_run(source)
+    if target.suffix != ".pt":
+        raise Mistake(f"{target} must end in .pt, as the files of agents do.")
+    if target.exists():
+        load_run(target)  # it may take the place of another agent, and of nothing else
+    learning = {name: {key: value.half() if value.is_floating_point() and value.dim() > 1 else value
+                       for key, value in state["learning"][name].items()}
+                for name in ("model", "agent")}
+    score = about.get("score")  # if this is an agent already
+    for path in Folder(source).numbered("evaluation", ".json")[:1]:
+        step, scores = kept_evaluation(path)
+        mean, error = mean_and_error(scores)
+        score = dict(mean=mean, error=error, episodes=len(scores), step=step)
+    newest = newest_steps(state, files, MOMENTS)
+    np.savez_compressed(moments := io.BytesIO(), **newest)
+    agent = dict(
+        format=FORMAT, settings=about["settings"], versions=about.get("versions"), score=score,
+        step=state["step"], scores=state["scores"], learning=learning,
+        moments=torch.frombuffer(moments.getbuffer(), dtype=torch.uint8))
+    torch.save(agent, data := io.BytesIO())  # in memory first, as above
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_file(target, data.getvalue())
+    digits = 1 if score and abs(score["mean"]) >= 100 else 3
+    earned = (f"score {score['mean']:,.{digits}f} ± {score['error']:,.{digits}f} in "
+              f"{score['episodes']} episodes at step {score['step']:,}" if score else "no score yet")
+    return (f"{about['settings']['game']}, {state['step']:,} steps, {earned}, "
+            f"{len(newest['action'])} frames, {len(data.getvalue()) / 1e6:.1f} MB")
+
+
+# ---------------------------------------------------------------- scores
 
 
 @functools.cache

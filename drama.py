@@ -3,6 +3,7 @@
     python drama.py --game Breakout             learn; the same line again goes on where it stopped
     python drama.py --eval runs/Breakout-s0     play 20 episodes and print the scores
     python drama.py --watch runs/Breakout-s0    film an episode
+    python drama.py --export runs/Breakout-s0 Breakout.pt    the agent as one file, for the last two
 
 This file is all that runs: settings, game, training loop, saving, evaluation, command line. Read it
 first, as far as the end of the training loop; then buffer.py, all that is remembered; agent.py, all
@@ -46,9 +47,10 @@ from tqdm import tqdm
 
 from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fast_precision
 from agent import keep_freed_memory, make_optimizer, take_step
-from buffer import RENAMED, SAMPLERS, Batch, Clock, Console, Folder, Mistake, Replay, Stop
-from buffer import Stopped, human_normalised, in_digits, in_one_sentence, kept_evaluation
-from buffer import known_scores, versions, write_json, write_png
+from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, Stop, Stopped
+from buffer import command_line, export, human_normalised, in_digits, in_one_sentence
+from buffer import kept_evaluation, known_scores, load_run, mean_and_error, reason, versions
+from buffer import write_json, write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -277,6 +279,7 @@ def episode_seeds(seed: int, episode: int, purpose: str, copies: int = 1) -> np.
 
 
 def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, ActorCritic]:
+    keep_freed_memory()
     randomness(s.seed, 0, "build")
     try:
         model = WorldModel(
@@ -548,12 +551,15 @@ def settings_of(manifest: dict) -> Settings:
 
 
 def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "posterior", **changes):
-    """Settings, with `changes`, player and saved state of a run folder: all one needs to play."""
-    manifest, state, _ = Folder(Path(path)).load(with_replay=False)
+    """Settings, with `changes`, player and saved state of a run's folder or an exported agent: all
+    one needs to play."""
+    manifest, state, _ = load_run(Path(path), with_replay=False)
     s, (device, _) = replace(settings_of(manifest), **changes), pick_device(str(device))
-    model, agent = build_networks(s, make_game(s).actions, device)
-    model.load_state_dict(state["learning"]["model"])
-    agent.load_state_dict(state["learning"]["agent"])
+    learnt = state["learning"]
+    actions = [len(part) for name, part in learnt["agent"].items() if name.startswith("actor")][-1]
+    model, agent = build_networks(s, actions, device)
+    model.load_state_dict(learnt["model"])
+    agent.load_state_dict(learnt["agent"])
     return s, make_player(s, model, agent, games, act_on), state
 
 
@@ -607,8 +613,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
              "actor sees": f"{player.act_on} latent",
              "episodes": f"{len(scores)} of {s.eval_episodes} begun, sampled actions"}
     if scores:
-        error = np.std(scores) / max(1, len(scores) - 1) ** 0.5
-        table["final score"] = f"{np.mean(scores):,.{digits}f}, standard error {error:,.{digits}f}"
+        mean, error = mean_and_error(scores)
+        table["final score"] = f"{mean:,.{digits}f}, standard error {error:,.{digits}f}"
         table["lowest, highest"] = ", ".join(in_digits(f(scores), ",") for f in (min, max))
     if last:
         short = " (the paper's protocol takes 5)" * (len(last) < 5)
@@ -1020,11 +1026,10 @@ def train_command(flags: dict):
 
 
 def play_command(flags: dict, kind: str):
-    """--eval, --watch: play with what a run has learnt so far."""
+    """--eval, --watch: play with what a run has learnt so far, or with an exported agent."""
     path, act_on = Path(flags.pop(kind)), flags.pop("act_on", "posterior")
-    s, device, out = playing_settings(path, flags, flag(kind), ["eval_episodes"] * (kind == "eval"))
-    games = s.eval_episodes if kind == "eval" else 1
-    s, player, state = load_player(path, device, games, act_on, eval_episodes=s.eval_episodes)
+    games = 1 if kind == "watch" else None
+    s, player, state, out = open_player(path, flags, flag(kind), games, act_on)
     name = f"{state['step']:06d}" + "-prior" * (act_on == "prior")
     if kind == "watch":
         watch(s, player, out / f"watch-{name}.png")
@@ -1032,49 +1037,25 @@ def play_command(flags: dict, kind: str):
         evaluate_and_report(s, player, state, out / f"evaluation-{name}.json")
 
 
-def playing_settings(path: Path, flags: dict, command: str, more=()):
-    """Settings of a command that takes most from a run, device, folder of its results."""
-    out, allowed = Path(flags.pop("out", path)), {"device", "threads", *more}
+def open_player(path: Path, flags: dict, command: str, games: int | None, act_on="posterior"):
+    """For a command that takes most from a run: settings, a player of so many games or as many as
+    --eval-episodes says, saved state, and the folder of its results: the run's or, beside an
+    exported agent, one of its name."""
+    out = Path(flags.pop("out", path.with_suffix("") if path.is_file() else path))
+    allowed = ["device", "threads"] + ["eval_episodes"] * (games is None)
     refuse({name: value for name, value in flags.items() if name not in allowed},
            f"{command} takes its settings from the run")
     s = Settings(**flags)
     check(s)
     torch.set_num_threads(s.threads or torch.get_num_threads())
+    s, player, state = load_player(path, s.device, games or s.eval_episodes, act_on,
+                                   eval_episodes=s.eval_episodes)
     if out != path:
         out.mkdir(parents=True, exist_ok=True)
-    elif path.is_dir() and not os.access(path, os.W_OK):
+    elif not os.access(path, os.W_OK):
         raise Mistake(f"{path} cannot be written to, and {command} leaves its result there: "
                       "--out DIR names another place.")
-    return s, pick_device(s.device)[0], out
-
-
-def command_line(command, argv: list[str] | None = None, name: str = "drama.py") -> int:
-    """command(words of the command line) -> exit code; errors are one sentence."""
-    keep_freed_memory()
-    with (contextlib.redirect_stdout(Console(sys.stdout)),
-          contextlib.redirect_stderr(Console(sys.stderr))):
-        try:
-            command(sys.argv[1:] if argv is None else argv)
-        except KeyboardInterrupt:
-            return 130
-        except (Mistake, Stopped, OSError, MemoryError, RuntimeError) as error:
-            text = reason(error)
-            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", text):
-                text = ("there is not enough memory: what was saved is kept; a new run with a "
-                        "smaller --batch, --dreams or --d-model, or on another --device, may fit")
-            elif isinstance(error, RuntimeError):
-                raise
-            print(f"{name}: {text}", file=sys.stderr)
-            return 2 if isinstance(error, Mistake) else 1
-        finally:
-            sys.stdout.flush()  # here, where it cannot fail
-    return 0
-
-
-def reason(error: Exception) -> str:
-    """An error without its number."""
-    named = isinstance(error, OSError) and error.strerror and error.filename
-    return f"{error.strerror}: {error.filename}" if named else str(error)
+    return s, player, state, out
 
 
 def run_command(argv: list[str]):
@@ -1084,6 +1065,8 @@ def run_command(argv: list[str]):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--eval", metavar="RUN", help="play full episodes with a run's agent")
     instead.add_argument("--watch", metavar="RUN", help="film an episode of a run's agent")
+    instead.add_argument("--export", metavar=("RUN", "FILE"), nargs=2, help="write a run's agent to "
+                         "a file FILE.pt, which --eval and --watch take like a run")
     instead.add_argument("--list-games", action="store_true", help="list the Atari games")
     parser.add_argument("--out", metavar="DIR", help="for --eval and --watch: where to write")
     parser.add_argument("--act-on", choices=("posterior", "prior"), help="for --eval and --watch: "
@@ -1093,6 +1076,9 @@ def run_command(argv: list[str]):
     if flags.pop("list_games", False):
         refuse(flags, "--list-games only lists")
         print("\n".join(AtariGame.names()))
+    elif paths := flags.pop("export", None):
+        refuse(flags, "--export takes all from the run")
+        print(f"{paths[1]}: {export(*map(Path, paths))}")
     elif kinds := [kind for kind in ("eval", "watch") if kind in flags]:
         play_command(flags, kinds[0])
     else:

@@ -3026,6 +3026,129 @@ def test_watch_films_an_episode(run_folder, fake, capsys):
     assert "in the episode" in capsys.readouterr().out
 
 
+# ---- an agent in one file
+
+
+@pytest.fixture
+def exported(run_folder, fake, tmp_path):
+    """The run of `finished` as one file, with its last 40 steps, of three replay files."""
+    fake.setattr(buffer, "MOMENTS", 40)
+    assert drama.main(["--export", str(run_folder), str(tmp_path / "agent.pt")]) == 0
+    return tmp_path / "agent.pt"
+
+
+def test_an_exported_agent_is_the_runs_but_for_float16(exported, run_folder, capsys):
+    _, ours, state = drama.load_player(exported, games=2)
+    _, theirs, whole = drama.load_player(run_folder, games=2)
+    assert state["step"] == whole["step"] == 64 and state["scores"] == whole["scores"]
+    weights = [player.model.state_dict() | player.agent.state_dict() for player in (ours, theirs)]
+    halved = 0
+    for name, value in weights[1].items():
+        got, rounding = weights[0][name], 2.0**-11 * value.abs() + 2.0**-25  # of 11 bits
+        if value.dim() > 1:
+            assert ((got - value).abs() <= rounding).all() and not torch.equal(got, value), name
+            halved += 1
+        else:  # statistics of the frames among them
+            assert torch.equal(got, value), name
+    assert halved > 10 and any("running_var" in name for name in weights[0])
+    frame = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        close(*(net.posterior(net.images(frame)) for net in (ours.model, theirs.model)), 1e-2)
+    settings = torch.load(exported, weights_only=True)["settings"]
+    assert json.loads(json.dumps(settings)) == json.loads((run_folder / "settings.json").read_text())
+
+
+def test_an_exported_agent_says_where_it_comes_from(run_folder, tmp_path, capsys):
+    for step, scores in ((40, [9.0, 9.0]), (64, [1.0, 2.0, 6.0])):  # deviation 2.645..., of three
+        (run_folder / f"evaluation-{step:06d}.json").write_text(
+            json.dumps(dict(step=step, scores=scores)))
+    (run_folder / "evaluation-000064-prior.json").write_text('{"step": 64, "scores": [0]}')
+    assert drama.main(["--export", str(run_folder), str(tmp_path / "new" / "agent.pt")]) == 0
+    out = capsys.readouterr().out
+    assert "Breakout, 64 steps, score 3.000 ± 1.528 in 3 episodes at step 64, 64 frames" in out
+    agent = torch.load(tmp_path / "new" / "agent.pt", weights_only=True)
+    assert agent["score"] == dict(mean=3.0, error=pytest.approx(math.sqrt(7 / 3)), episodes=3,
+                                  step=64)
+    assert agent["settings"]["seed"] == 0 and agent["format"] == buffer.FORMAT
+    assert agent["versions"] == Folder(run_folder).load()[0]["versions"]
+
+
+def test_an_exported_agent_brings_its_newest_steps(exported, run_folder):
+    files = [np.load(path) for path in sorted(run_folder.glob("replay-*.npz"))]
+    assert len(files) == 4  # of 16 steps; none is left over
+    state = buffer.load_run(exported)[1]
+    for name in buffer.SCHEMA:
+        column = np.concatenate([file[name] for file in files])
+        assert np.array_equal(state["newest"][name].numpy(), column[24:])
+        assert np.array_equal(buffer.newest_steps(state, {}, 7)[name], column[57:])
+
+
+@pytest.mark.parametrize("kind, result", [("--eval", "evaluation-000064.json"),
+                                          ("--watch", "watch-000064.png")])
+def test_an_exported_agent_plays_like_its_run(kind, result, exported, run_folder, capsys):
+    few = ["--eval-episodes", "3"] * (kind == "--eval")
+    assert drama.main([kind, str(run_folder), *few]) == drama.main([kind, str(exported), *few]) == 0
+    beside = exported.with_suffix("") / result
+    assert [path.name for path in beside.parent.iterdir()] == [result]
+    assert beside.read_bytes() == (run_folder / result).read_bytes()
+
+
+def test_an_agent_is_exported_again_as_it_was(exported, tmp_path):
+    again = tmp_path / "again.pt"
+    for _ in range(2):  # the second takes the place of the first
+        assert drama.main(["--export", str(exported), str(again)]) == 0
+    assert digest(buffer.load_run(again)) == digest(buffer.load_run(exported))
+
+
+def test_an_agent_takes_the_place_of_no_other_thing(run_folder, tmp_path, capsys):
+    export = ["--export", str(run_folder)]
+    (tmp_path / "notes.pt").write_text("mine")
+    refused(capsys, tmp_path, [*export, str(tmp_path / "notes.pt")], "no agent that --export wrote")
+    refused(capsys, tmp_path, [*export, str(run_folder / "state-000064.pt")], "no agent")
+    refused(capsys, tmp_path, [*export, str(tmp_path / "agent")], "must end in .pt")
+    refused(capsys, tmp_path, [*export, str(tmp_path / "a.pt"), "--seed", "1"], "leave out --seed")
+    refused(capsys, tmp_path, ["--export", str(tmp_path / "none"), "a.pt"], "there is no folder")
+    refused(capsys, tmp_path, ["--export", str(run_folder)], "expected 2 arguments")
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.write_text, (Path("executed"), "it was")
+
+
+def test_a_foreign_file_is_refused_and_nothing_in_it_executed(exported, run_folder, tmp_path,
+                                                              monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = exported.read_bytes()
+    torch.save(dict(torch.load(exported, weights_only=True), settings=Evil()), "evil.pt")
+    torch.save([1, 2], "list.pt")
+    for name, data in (("empty", b""), ("short", whole[: len(whole) // 2]), ("text", b"words"),
+                       ("tail", whole[100:])):
+        Path(name + ".pt").write_bytes(data)
+    for name in ("evil.pt", "list.pt", "empty.pt", "short.pt", "text.pt", "tail.pt",
+                 run_folder / "state-000064.pt", run_folder / "replay-000.npz",
+                 run_folder / "dream-000064.png"):
+        refused(capsys, tmp_path, ["--eval", str(name)], "is damaged, or no agent that --export")
+    agent = torch.load(exported, weights_only=True)
+    torch.save(agent | dict(format=buffer.FORMAT + 1), "newer.pt")
+    refused(capsys, tmp_path, ["--watch", "newer.pt"], "newer version")
+    agent["settings"]["colour"] = 1
+    torch.save(agent, "unknown.pt")
+    refused(capsys, tmp_path, ["--watch", "unknown.pt"], "--colour, which this version")
+
+
+def test_no_damage_to_an_agent_is_silent(exported, tmp_path):
+    whole, right = exported.read_bytes(), digest(buffer.load_run(exported))
+    rng, noticed = np.random.default_rng(0), 0
+    for where in rng.integers(8 * len(whole), size=60):
+        (tmp_path / "flipped.pt").write_bytes(flipped(whole, int(where)))
+        try:
+            assert digest(buffer.load_run(tmp_path / "flipped.pt")) == right
+        except Mistake:
+            noticed += 1
+    assert noticed > 30  # the others fell into what a zip file fills its gaps with
+
+
 # ---------------------------------------------------------------- unbreakable
 
 

@@ -296,8 +296,7 @@ def run_command(argv: list[str]):
     path, npz = Path(flags.pop("run")), flags.pop("npz", None)
     if npz and (npz.is_dir() or not os.access(npz.parent, os.W_OK)):
         raise Mistake(f"--npz {npz} cannot be written: name a file in a folder that is there.")
-    _, device, out = drama.playing_settings(path, flags, "tools.check")
-    s, player, state = drama.load_player(path, device, EPISODES)
+    s, player, state, out = drama.open_player(path, flags, "tools.check", EPISODES)
     check(s, player, state["step"], out / f"model-check-{state['step']:06d}.png", npz)
 
 
