@@ -7,8 +7,8 @@ Stopped, it goes on where it was: a game that stands in results/emulator.csv, me
 versions, is not measured again. Delete its row to do so.
 
 It plays on ale-py's own interface, whose states can be kept and restored; class Emulator adds the
-protocol of `drama.AtariGame`, bit for bit. Random numbers come from the names of games alone: what one
-machine measures, any other measures too. Steps are agent steps of four frames.
+protocol of `drama.AtariGame`, bit for bit. Random numbers come from the names of games alone: what
+one machine measures, any other measures too. Steps are agent steps of four frames.
 """
 
 import signal
@@ -16,11 +16,10 @@ import signal
 if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C while torch is being loaded just ends
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import argparse
 import csv
+import functools
 import io
 import multiprocessing
-import os
 import sys
 import time
 from bisect import bisect_left
@@ -29,10 +28,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import ale_py
+import drama  # before numpy: it sets up torch
 import numpy as np
+from buffer import Mistake, known_scores, write_file
 from tqdm import tqdm
-
-from drama import AtariGame, Mistake, game_title, known_scores
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "emulator.csv"
 EPISODES = 64  # of random play
@@ -51,13 +50,13 @@ OPENING = 120  # steps of a beginning that are looked at
 
 
 class Emulator:
-    """One copy of a game by the protocol of `drama.AtariGame`, whose states can be kept and restored.
+    """One copy of a game by the protocol of `drama.AtariGame`; its states can be kept and restored.
 
     Only once an episode has shown a frame: before, Amidar and Qbert would not go on alike.
     """
 
     def __init__(self, title: str):
-        self.rom = ale_py.roms.get_rom_path(AtariGame.names()[title])
+        self.rom = ale_py.roms.get_rom_path(drama.AtariGame.names()[title])
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         self.ale = ale_py.ALEInterface()
         self.ale.setFloat("repeat_action_probability", 0.0)
@@ -270,13 +269,13 @@ Steps are agent steps of four frames; a frame is what an agent sees. Measured wi
 - Standing still: steps until a player who does nothing is done; {CAP:,} is the cap.
 - Lives: at the start, how they move, before the end, each with how often; the shortest life.
 - Dead beginning: steps in which no key, however long held, changes a frame; median and range of
-  five starts. First frames, games: how many differ among the {NO_OPS} starts; a game is one of {FILMS}
-  sequences of {FILM} random actions.
+  five starts. First frames, games: how many differ among the {NO_OPS} starts; a game is one of
+  {FILMS} sequences of {FILM} random actions.
 - No action matters: share of {STATES} states of random play in which the choice of one step changes
   no frame, reward or end of {AFTER} steps. Differ: how many actions do in any of these states.
 - Sealed: for how many steps before it a lost life, a game over or a reward could no longer be
-  helped, by any key held or by {TRIALS} random plays; median and range of up to {EVENTS}, of {BACK} steps
-  looked at. More plays would find more help: these are upper bounds.
+  helped, by any key held or by {TRIALS} random plays; median and range of up to {EVENTS}, of
+  {BACK} steps looked at. More plays would find more help: these are upper bounds.
 """
 
 
@@ -294,31 +293,29 @@ def write(path: Path, rows: dict[str, dict]):
     table = [shown, ["---"] * len(shown)] + [[str(row[name]) for name in shown] for row in rows]
     text = TEXT % (" or ".join(sorted({row["versions"] for row in rows})),
                    "".join(f"| {' | '.join(line)} |\n" for line in table))
-    with io.StringIO() as sheet:
-        writer = csv.DictWriter(sheet, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        files = {path: sheet.getvalue(), path.with_suffix(".md"): text}
-    for name, content in files.items():
-        part = name.with_suffix(".part")
-        part.write_text(content, "utf-8")
-        os.replace(part, name)
+    sheet = io.StringIO()
+    writer = csv.DictWriter(sheet, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, sheet.getvalue().encode())
+    write_file(path.with_suffix(".md"), text.encode())
 
 
-def main(argv=None, path: Path = RESULTS) -> int:
-    parser = argparse.ArgumentParser(prog="tools.emulator", description=__doc__.split("\n")[0])
+def run_command(argv: list[str]):
+    parser = drama.Parser(prog="python -m tools.emulator", description=__doc__.split("\n")[0],
+                          allow_abbrev=False)
     parser.add_argument("games", metavar="GAME", nargs="*", help="the benchmark's 26, if left out")
-    parser.add_argument("--jobs", metavar="N", type=int, default=2, choices=range(1, 33),
-                        help="games measured side by side, 1 to 32 (%(default)s)")
-    given = parser.parse_args(argv)
-    try:
-        titles = [game_title(name) for name in given.games] or list(known_scores())
-    except Mistake as mistake:
-        parser.exit(2, f"tools.emulator: {mistake}\n")
+    parser.add_argument("--jobs", metavar="INT", type=int, default=2, help="processes (2)")
+    asked, path = parser.parse(argv), RESULTS
+    titles = [drama.game_title(name) for name in asked["games"]] or list(known_scores())
+    if others := set(titles) - drama.AtariGame.names().keys():
+        raise Mistake(f"{min(others)} is not one of Atari's games.")
+    if not 1 <= asked["jobs"] <= 32:
+        raise Mistake(f"--jobs must be from 1 to 32, not {asked['jobs']}.")
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     rows = {row["game"]: row for row in csv.DictReader(lines)}
     found = {title: {} for title in titles if rows.get(title, {}).get("versions") != VERSIONS}
-    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(asked["jobs"], multiprocessing.get_context("spawn")) as pool:
         tasks = {pool.submit(measure, title, part): (title, part)
                  for title in found for part in PARTS}
         try:
@@ -335,10 +332,11 @@ def main(argv=None, path: Path = RESULTS) -> int:
             for process in multiprocessing.active_children():
                 process.terminate()
             print("\nstopped; the same command goes on", file=sys.stderr)
-            return 130
+            raise
     print(f"{len(rows)} games in {path.with_suffix('.md')}")
-    return 0
 
+
+main = functools.partial(drama.command_line, run_command, name="tools.emulator")
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
