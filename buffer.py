@@ -763,12 +763,24 @@ def export(source: Path, target: Path) -> str:
 # ---------------------------------------------------------------- scores
 
 
+def results(name: str) -> dict[str, dict[str, str]]:
+    """Game -> its row in a table of results/, if that is there."""
+    path = Path(__file__).parent / "results" / name
+    rows = csv.DictReader(path.read_text("utf-8").splitlines() if path.exists() else [])
+    return {row.pop("game"): row for row in rows}
+
+
 @functools.cache
 def known_scores() -> dict[str, dict[str, float]]:
-    """Game -> scores of random play, a human and published agents, from results/ if it is there."""
-    path = Path(__file__).parent / "results" / "atari100k.csv"
-    rows = csv.DictReader(path.read_text().splitlines() if path.exists() else [])
-    return {row.pop("game"): {name: float(cell) for name, cell in row.items()} for row in rows}
+    """Game -> scores of random play, a human and published agents."""
+    return {game: {name: float(cell) for name, cell in row.items()}
+            for game, row in results("atari100k.csv").items()}
+
+
+def random_play(game: str) -> tuple[float, float] | None:
+    """Mean score and standard error of random play in this very game, where it was measured."""
+    if row := results("emulator.csv").get(game):
+        return float(row["random play"]), float(row["standard error"])
 
 
 def human_normalised(game: str, score: float) -> float | None:

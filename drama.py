@@ -49,8 +49,8 @@ from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fas
 from agent import keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, Stop, Stopped
 from buffer import command_line, export, human_normalised, in_digits, in_one_sentence
-from buffer import kept_evaluation, known_scores, load_run, mean_and_error, reason, versions
-from buffer import write_json, write_png
+from buffer import kept_evaluation, known_scores, load_run, mean_and_error, random_play, reason
+from buffer import versions, write_json, write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -160,11 +160,6 @@ class Settings:
     eps: float = setting(1e-20, "epsilon of the optimiser (code)", low=1e-20)
     model_max_grad_norm: float = setting(1000.0, "largest gradient norm of the model (paper)")
     agent_max_grad_norm: float = setting(100.0, "largest gradient norm of the agent (paper)")
-
-    @property
-    def kernels(self) -> list[int]:
-        """One for each convolution."""
-        return list(self.kernel * (len(self.strides) if len(self.kernel) == 1 else 1))
 
 
 # ---------------------------------------------------------------- the game
@@ -281,9 +276,10 @@ def episode_seeds(seed: int, episode: int, purpose: str, copies: int = 1) -> np.
 def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, ActorCritic]:
     keep_freed_memory()
     randomness(s.seed, 0, "build")
+    kernels = list(s.kernel) * (len(s.strides) if len(s.kernel) == 1 else 1)
     try:
         model = WorldModel(
-            actions, channels=list(s.channels), strides=list(s.strides), kernels=s.kernels,
+            actions, channels=list(s.channels), strides=list(s.strides), kernels=kernels,
             groups=s.groups, classes=s.classes, d_model=s.d_model, layers=s.layers,
             backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, dropout=s.dropout,
             head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
@@ -627,6 +623,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         paper = known["Drama_XS_uniform" if s.sampling == "uniform" else "Drama_XS_DFS"]
         table["published Drama"] = f"{paper:,g}, {human_normalised(s.game, paper):.1f} %"
         table["random, human"] = f"{known['random']:,g}, {known['human']:,g}"
+    if measured := random_play(s.game):  # by this protocol
+        table["random play here"] = "{:,g}, standard error {:,g}".format(*measured)
     print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
     if not keep:
         print(f"  not kept{f': {path} holds {held} episodes' if held else ''}")

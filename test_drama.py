@@ -2932,6 +2932,17 @@ def test_the_table_rounds_to_no_negative_zero_and_counts_its_episodes(run_folder
         assert re.search(f"in training +{says}", out) and re.search("normalised +0.0 %", out)
 
 
+def test_the_table_sets_our_own_random_play_beside_the_published(run_folder, fake, capsys):
+    fake.setattr(drama, "evaluate", lambda *_: [dict(seed=0, score=2.0, length=9)])
+    s, player, state = drama.load_player(run_folder, eval_episodes=1)
+    for game, says in (("Breakout", "1.7, 30.5\n  random play here  1.23, standard error 0.18\n"),
+                       ("CrazyClimber", "35,829.4\n  random play here  8,020.31, standard error")):
+        s = dataclasses.replace(s, game=game)
+        drama.evaluate_and_report(s, player, state, run_folder / "other.json")
+        assert says in capsys.readouterr().out  # as in results/emulator.md
+    assert all(map(buffer.random_play, drama.known_scores())) and not buffer.random_play("Tetris")
+
+
 def test_an_evaluation_takes_0_threads_for_torchs_own_number(run_folder):
     assert drama.main(["--eval", str(run_folder), "--eval-episodes", "1", "--threads", "0"]) == 0
 
