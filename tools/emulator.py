@@ -272,7 +272,9 @@ Steps are agent steps of four frames; a frame is what an agent sees. Measured wi
   five starts. First frames, games: how many differ among the {NO_OPS} starts; a game is one of
   {FILMS} sequences of {FILM} random actions.
 - No action matters: share of {STATES} states of random play in which the choice of one step changes
-  no frame, reward or end of {AFTER} steps. Differ: how many actions do in any of these states.
+  no frame, reward or end of {AFTER} steps. Differ: how many actions do in any of these states; what
+  rarely matters may be missed. (Pong's FIRE, pressed while the ball is hit, sends it off twice
+  as fast: in 1 state of 100 it differs.)
 - Sealed: for how many steps before it a lost life, a game over or a reward could no longer be
   helped, by any key held or by {TRIALS} random plays; median and range of up to {EVENTS}, of
   {BACK} steps looked at. More plays would find more help: these are upper bounds.
