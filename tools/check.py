@@ -7,8 +7,8 @@ begin dreams, after half a window of real frames, that take the recorded actions
 steps: errors, of 255, of the frames and of the pixels that moved; how many of these move in the
 dream; KL; rewards and ends, counted over all steps of the dreams, which overlap; and by what factor
 the squared error grows if dreams exchange their actions. Then open-loop drift, the error of longer
-dreams after four real frames; the KL by the age of the play state; and how well the value agrees
-with the return that followed.
+dreams after four real frames; the KL by the age of the play state; how well the value agrees with
+the return that followed; and the policy's entropy.
 """
 
 import argparse
@@ -39,6 +39,7 @@ class Played(NamedTuple):
     kl: np.ndarray  # (steps,) nats, of q(z_t) from the prior of the play state
     value: np.ndarray  # (steps,) v(s_t)
     age: np.ndarray  # (steps,) steps that the play state had seen
+    entropy: np.ndarray  # (steps,) nats, of pi(a | s_t)
 
 
 def spans(replay: Replay) -> list[tuple[int, int]]:
@@ -58,18 +59,21 @@ def play(s: drama.Settings, player: Player) -> Played:
     for move in drama.show_progress(desc="playing", total=LIMIT, iterable=moves):
         posterior = model.posterior(model.images(torch.from_numpy(move.frame).to(device)))
         kl = kl_divergence(posterior, model.prior(d_past)).cpu().numpy()
-        value = player.agent.value(player.history[-1][0], d_past).cpu().numpy()
+        z = player.history[-1][0]
+        value = player.agent.value(z, d_past).cpu().numpy()
+        policy = player.agent.policy(player.agent.features(z, d_past)).clamp(min=1e-30)
+        entropy = -(policy * policy.log()).sum(-1).cpu().numpy()
         steps.append(dict(
             frame=move.frame, action=move.action, reward=move.reward, terminal=move.terminal,
             first=np.full(EPISODES, not steps), running=running, kl=kl, value=value,
-            age=np.full(EPISODES, age)))
+            age=np.full(EPISODES, age), entropy=entropy))
         d_past, age, running = player.d_past.clone(), player.age, ~move.over
     played = {name: np.stack([step[name] for step in steps], 1) for name in steps[0]}
     running = played.pop("running")  # (episodes, steps)
     played = {name: column[running] for name, column in played.items()}
     replay = Replay(len(played["action"]))
     replay.append_steps(played)
-    return Played(replay, played["kl"], played["value"], played["age"])
+    return Played(replay, *(played[name] for name in Played._fields[1:]))
 
 
 def windows(replay: Replay, starts: np.ndarray, length: int, device) -> Batch:
@@ -80,7 +84,8 @@ def windows(replay: Replay, starts: np.ndarray, length: int, device) -> Batch:
 
 
 @torch.no_grad()
-def dream_beside(player: Player, replay: Replay, exchanged: bool = False):
+def dream_beside(player: Player, replay: Replay, horizon: int = max(DREAMT),
+                 exchanged: bool = False):
     """Steps all along the episodes (N,), how many come from there on (N,), and Dreams from there
     that take the actions that were taken, or those of other dreams, with the same random numbers.
 
@@ -89,7 +94,7 @@ def dream_beside(player: Player, replay: Replay, exchanged: bool = False):
     """
     torch.manual_seed(0)
     model, device = player.model, player.d_past.device
-    context, horizon, parts = player.half, max(DREAMT), []
+    context, parts = player.half, []
     begun = np.array([(start, stop - start) for first, stop in spans(replay) for start in
                       range(first + min(context, (stop - first) // 2), stop, EVERY)])
     starts, left = begun[:: -(-len(begun) // AT_MOST)].T
@@ -161,13 +166,13 @@ def action_shuffle_ratio(model: WorldModel, replay: Replay, starts, left, dream:
     return (others / own).item() if len(starts) > 1 else math.nan
 
 
-def judge(player: Player, replay: Replay) -> tuple[np.ndarray, dict[int, dict]]:
+def judge(player: Player, replay: Replay, steps=DREAMT) -> tuple[np.ndarray, dict[int, dict]]:
     """Where dreams began in episodes that were played, and their figures by steps of a dream."""
-    starts, left, dream = dream_beside(player, replay)
-    *_, exchanged = dream_beside(player, replay, exchanged=True)
+    starts, left, dream = dream_beside(player, replay, max(steps))
+    *_, exchanged = dream_beside(player, replay, max(steps), exchanged=True)
     beside = player.model, replay, starts, left, dream
     return starts, {k: measure(*beside, k) | {
-        "action-shuffle ratio": action_shuffle_ratio(*beside, exchanged, k)} for k in DREAMT}
+        "action-shuffle ratio": action_shuffle_ratio(*beside, exchanged, k)} for k in steps}
 
 
 @torch.no_grad()
@@ -262,7 +267,8 @@ def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | 
              for k, row in table.items()}
     write_json(path.with_suffix(".json"), dict(
         game=s.game, step=step, dreams=clean, open_loop_drift=drift, kl_by_age=ages, **values,
-        scores=scores, lengths=lengths, versions=versions()))
+        entropy=float(played.entropy.mean()), scores=scores, lengths=lengths,
+        versions=versions()))
     if npz and drift:
         np.savez_compressed(packed := io.BytesIO(), **arrays)
         write_file(npz, packed.getvalue())
@@ -280,7 +286,8 @@ def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | 
         print("", line("age of the play state, steps", ages), line("KL, nats", ages.values()),
               sep="\n")
     print("\nvalue and return that followed: correlation {:.2f}, means {:.2f} and {:.2f}; ".format(
-        *values.values()) + f"real reward a step {reward.mean():.3f}")
+        *values.values()) + f"real reward a step {reward.mean():.3f}, entropy of the policy "
+          f"{played.entropy.mean():.2f} nats")
     print(f"one of the dreams beside what happened: {path}")
 
 

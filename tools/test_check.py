@@ -239,9 +239,12 @@ def test_drift_is_left_out_where_no_episode_has_room(capsys):
 
 
 def test_the_check_notes_what_player_and_critic_had_before_the_action(fake):
-    """A player whose z_t is the frame's time and whose d is the number of its actions."""
+    """A player whose z_t is the frame's time and whose d is the number of its actions. It tosses a
+    coin before each, the second time one of four faces."""
     player = types.SimpleNamespace(model=Oracle(), d_past=torch.zeros(5, 1), age=0, history=[])
-    player.agent = types.SimpleNamespace(value=lambda z, d_past: z + 1000 * d_past[:, 0])
+    player.agent = types.SimpleNamespace(
+        value=lambda z, d_past: z + 1000 * d_past[:, 0], features=lambda z, d_past: d_past,
+        policy=lambda n: torch.where(n == 1, 0.25, torch.tensor([0.5, 0.5, 0, 0])))
     player.play = types.MethodType(Player.play, player)
 
     def act(frame, first):
@@ -262,6 +265,7 @@ def test_the_check_notes_what_player_and_critic_had_before_the_action(fake):
             assert replay["first"][step] == (t == 0)
             assert replay["action"][step] == replay["reward"][step] == (t + 1) % 4
             assert played.value[step] == 1001 * t and played.age[step] == t
+            close(played.entropy[step], math.log(4 if t == 1 else 2))
             close(played.kl[step], kl_by_hand(0.2 + 10 * t / 510, 0.4 + t / 100))
 
 
@@ -269,7 +273,7 @@ def test_value_and_return_by_hand():
     """Discount 1/2; the second episode was cut off, and its return ends in the last value."""
     replay = counted([4, 9, 2], [8, 4])  # 9 is a lost life: what comes after does not count
     value = np.array([1.0, 2.0, 4.0, 3.0, 16.0])
-    played = check.Played(replay, None, value, None)
+    played = check.Played(replay, None, value, None, None)
     returns = [4 + 9 / 2, 9, 2 + 4 / 2, 8 + (4 + 16 / 2) / 2, 4 + 16 / 2]
     got = check.value_and_return(tiny_settings(gamma=0.5), played)
     close(got["mean_value"], 26 / 5), close(got["mean_return"], sum(returns) / 5)
@@ -281,7 +285,7 @@ def test_value_and_return_by_hand():
 def test_kl_by_age_begins_where_the_state_is_rebuilt():
     """Half a window is 8 steps, so ages go by twos from 8 on."""
     age, kl = np.array([0, 7, 8, 9, 10, 15, 14]), np.array([90.0, 90.0, 1.0, 2.0, 3.0, 4.0, 6.0])
-    got = check.kl_by_age(check.Played(None, kl, None, age), 8)
+    got = check.kl_by_age(check.Played(None, kl, None, age, None), 8)
     assert got == {"8 on": 1.5, "10 on": 3.0, "14 on": 5.0}
 
 
