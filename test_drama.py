@@ -23,6 +23,7 @@ import math
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import stat
@@ -2593,7 +2594,7 @@ def test_README_commands_are_understood(monkeypatch):
     for tool, line in lines:
         if "--help" not in line and tool != "tools.graphs":  # which wants a GPU before all else
             with pytest.raises(Understood):
-                (importlib.import_module(tool) if tool else drama).run_command(line.split())
+                (importlib.import_module(tool) if tool else drama).run_command(shlex.split(line))
 
 
 def test_README_game_of_ones_own_trains_and_is_evaluated(tmp_path, capsys):

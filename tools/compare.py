@@ -1,56 +1,57 @@
-"""Settings of the world model, compared on one frozen replay.
+"""Settings compared at equal cost: as many seconds of one core for each, on one frozen replay.
 
-    python -m tools.compare KungFuMaster --updates 2000
-    python -m tools.compare Breakout "no event weights" laptop --seeds 3
+    python -m tools.compare KungFuMaster laptop "laptop --batch 1 --model-steps 1 --dreams 64"
+    python -m tools.compare Breakout laptop "best --batch 4 --dreams 64" --replay runs/Breakout-s0
 
-Random play fills a replay of 10,000 steps to train on, and another of 2,000 steps that no model
-ever sees. Every variant of the preset `laptop` trains a world model on the first alone, and is then
-judged on the second by the figures of tools.check. A variant with larger batches gets as many
-frames, not as many updates. Loss weights are learnt at the rate 10 / updates: at the preset's they
-would stay near 1. A row of results/offline/compare-GAME.csv is one trained model; rows that are
-there are not made again.
+A variant is a preset and flags of drama.py. All learn from the same 10,000 steps, of random play or
+the last of a run: for so many seconds of CPU time the world model, then for as many an agent in
+that model, which learns no further. They take turns, so that whatever else the machine does hits
+all alike. The last fifth of the steps no model sees: there it is judged by the figures of
+tools.check, in dreams that follow 32 real frames. Last the agent plays five episodes, of 2,000
+steps at most.
+
+A row of results/offline/compare-GAME.csv is one variant with one seed. Rows that are there are not
+made again, even if the code has changed: the table names their commits. A comparison that is
+stopped loses those of the seed it was at. Loss weights learn at the variant's --harmony-lr, with
+which so few updates leave them near 1.
 """
 
 import argparse
 import csv
 import io
+import math
 import re
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import drama  # first: it sets up torch
 import numpy as np
 import torch
 from agent import Player
-from buffer import Mistake, Replay, write_file
-from tools.check import judge
+from buffer import SCHEMA, Folder, Mistake, Replay, in_one_sentence, sha256, versions, write_file
+from tools.check import EPISODES, judge, play, value_and_return
 
-HELD_OUT, FROZEN = 2000, 10_000  # steps
+STEPS = 10_000
+TURN = 3  # core-seconds
+DREAMT, OLDEST = (1, 5, 15, 30), 64  # steps into a dream; twice the real frames before it
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "offline"
-LAPTOP = drama.PRESETS["laptop"]
-VARIANTS = {
-    "laptop": {},
-    "no balancing": dict(harmony=False),
-    "no event weights": dict(event_weights=False),
-    "rate 2e-4": dict(model_lr=2e-4),
-    "rate 1e-3": dict(model_lr=1e-3),
-    "16 windows": dict(batch=16, warmup_updates=50),
-    "2 windows of 128": dict(batch=2, length=128),
-    "kernels 5 5 5 5": dict(channels=(16, 32, 64, 128), strides=(2, 2, 2, 2), kernel=(5,)),
-    "uniform sampling": dict(sampling="uniform"),
-    "strong decay": dict(decay=1e-4),  # of Linear and convolution weights, a step: D4's form
-    "no resets": dict(resets=False),
-}
+GAME = ("game", "game_args", "action_repeat")
+NO_PART = (*GAME, "preset", "seed", "steps", "device", "threads", "replay_device", "save_minutes",
+           "log_every", "eval_episodes", "learning_starts", "train_every")  # in what is learnt here
+FLAGS = [f.name for f in fields(drama.Settings) if f.name not in NO_PART]
+
+# ---------------------------------------------------------------- the frozen replay
 
 
-def random_play(s: drama.Settings, steps: int, seed: int) -> Replay:
+def random_play(s: drama.Settings, steps: int) -> Replay:
     """Steps of random play, one episode after the other."""
-    game, rng, replay = drama.make_game(s), np.random.default_rng(seed), Replay(steps)
+    game, rng, replay = drama.make_game(s), np.random.default_rng(0), Replay(steps)
     episode, first = 0, True
     while replay.length < steps:
         if first:
-            frame = game.reset([1000 * seed + episode])
+            frame = game.reset([episode])
         action = rng.integers(game.actions, size=1)
         after, reward, terminal, done = game.step(action)
         replay.add(frame=frame[0], action=action[0], reward=reward[0], terminal=terminal[0],
@@ -59,80 +60,204 @@ def random_play(s: drama.Settings, steps: int, seed: int) -> Replay:
     return replay
 
 
-def train(run: drama.Run, updates: int, name: str, decay: float = 0.0, resets: bool = True):
-    """Train the world model alone; `decay` and `resets` are two trials that are no settings."""
-    rng, s = np.random.default_rng(run.settings.seed), run.settings
-    torch.manual_seed(s.seed)
-    weights = [layer.weight for layer in run.model.modules()
-               if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
-    for update in drama.show_progress(desc=name, iterable=range(updates)):
+def spelled(s: drama.Settings, names) -> str:
+    return " ".join(drama.typed(name, getattr(s, name)) for name in names)
+
+
+def recorded(path: Path, s: drama.Settings) -> dict[str, np.ndarray]:
+    """The last steps of a run of this game, or those in a file that --keep wrote."""
+    if path.is_file():
+        with in_one_sentence(f"{path} is no file of --keep"), np.load(path) as file:
+            played, steps = file["game"].item(), {name: file[name] for name in SCHEMA}
+    else:
+        manifest, state, files = Folder(path).load()
+        Folder(path).resume(manifest, state, files, replay := Replay(manifest["step"]))
+        played = spelled(drama.settings_of(manifest), GAME)
+        steps = replay.steps(max(0, replay.length - STEPS), replay.length)
+    if played != spelled(s, GAME):
+        raise Mistake(f"{path} was played with {played}, not {spelled(s, GAME)}.")
+    if 0.7 * len(steps["action"]) < s.learning_starts:
+        raise Mistake(f"{path} holds {len(steps['action'])} steps: too few to learn from.")
+    return steps
+
+
+def split(steps: dict[str, np.ndarray]) -> list[Replay]:
+    """Steps to learn from, and to judge by: the last fifth, from the nearest beginning of an
+    episode on or, if there is none within a tenth of all, from the middle of one."""
+    length, parts = len(steps["action"]), []
+    wanted = length - length // 5
+    near = [at for at in np.flatnonzero(steps["first"]) if abs(at - wanted) <= length // 10]
+    cut = min(near, key=lambda at: abs(at - wanted), default=wanted)
+    for part in (slice(0, cut), slice(cut, length)):
+        parts.append(Replay(part.stop - part.start))
+        parts[-1].append_steps({name: column[part] for name, column in steps.items()})
+        parts[-1]["first"][0] = True  # nothing is known of what came before
+    return parts
+
+
+# ---------------------------------------------------------------- learning at equal cost
+
+
+def learn_world(run: drama.Run) -> int:
+    """Learn the world as drama.train does -> frames replayed."""
+    s = run.settings
+    batch = run.draw(s.batch, s.length, drama.randomness(s.seed, run.updates, "windows"))
+    drama.randomness(s.seed, run.updates, "model")
+    drama.update_world_model(run, batch)
+    return s.batch * s.length
+
+
+def learn_in_dream(run: drama.Run) -> int:
+    """Learn in the dream as drama.train does -> frames dreamt. Latents, which there come with the
+    model's update, are drawn here: in `laptop` 7 % of the time."""
+    s, z, rng = run.settings, None, drama.randomness(run.settings.seed, run.updates, "contexts")
+    if s.dream_from == "contexts":
+        batch = run.draw(s.dreams, s.context, rng, s.dreams / s.batch)
+    else:
         batch = run.draw(s.batch, s.length, rng)
-        if not resets:
-            batch = batch._replace(first=torch.zeros_like(batch.first))
-        for group in run.model_optimizer.param_groups:
-            group["lr"].fill_(group["rate"] * min(1, (update + 1) / s.warmup_updates))
-        drama.update_world_model(run, batch)
-        if decay:
-            with torch.no_grad():
-                torch._foreach_mul_(weights, 1 - decay)
+        with run.autocast():
+            z = run.model.encode(batch.frame)
+    drama.randomness(s.seed, run.updates, "dream")
+    drama.update_agent(run, batch, z, torch.tensor(True))
+    return s.dreams * s.horizon
 
 
-def trained(s: drama.Settings, device, frozen: Replay, held_out: Replay, **trial) -> dict:
-    """One variant, trained and judged -> its seconds and figures, as cells of a row."""
-    run, start = drama.Run(s, device), time.monotonic()
-    run.replay.append_steps(frozen.steps(0, FROZEN))
-    train(run, **trial)
-    row = dict(seconds=round(time.monotonic() - start))
-    _, measured = judge(Player(run.model, run.agent, 1, LAPTOP["length"]), held_out)
-    return row | {f"{name} @{k}": f"{figure:.5g}" for k, each in measured.items()
-                  for name, figure in each.items()}
+def take_turns(trials: list[tuple[drama.Run, dict]], part: str, learn, seconds: int):
+    """Let every run learn for `seconds` of CPU time, and to the end of its last update; note in its
+    row what it took."""
+    for run, row in trials:
+        run.updates, run.cpu_seconds, row[f"{part} frames"] = 0, 0.0, 0
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total} core-seconds, {remaining} left"
+    with drama.show_progress(desc=part, total=seconds * len(trials), bar_format=layout) as bar:
+        while behind := [trial for trial in trials if trial[0].cpu_seconds < seconds]:
+            for run, row in behind:
+                until = min(seconds, run.cpu_seconds + TURN)
+                groups = run.model_optimizer.param_groups + run.agent_optimizer.param_groups
+                while run.cpu_seconds < until:
+                    begun = time.process_time()
+                    for group in groups:
+                        share = min(1, (run.updates + 1) / run.settings.warmup_updates)
+                        group["lr"].fill_(share * group["rate"])
+                    row[f"{part} frames"] += learn(run)
+                    run.updates += 1
+                    run.cpu_seconds += time.process_time() - begun
+            bar.update(sum(min(run.cpu_seconds, seconds) for run, _ in trials) - bar.n)
+    for run, row in trials:
+        row |= {f"{part} updates": run.updates, f"{part} seconds": round(run.cpu_seconds, 1)}
 
 
-def compare(common: dict, variants: list[str], updates: int, seeds: int, path: Path):
-    """Train and judge every variant with every seed, and write a row as soon as it is there."""
-    table = list(csv.DictReader(path.open())) if path.exists() else []
-    s, device, _ = drama.new_settings(common)
-    frozen, held_out = random_play(s, FROZEN, seed=1), random_play(s, HELD_OUT, seed=2)
+def figures(run: drama.Run, held_out: Replay) -> dict[str, str]:
+    """What the model foresees, and how the agent plays, as cells of a row."""
+    s = run.settings
+    _, table = judge(Player(run.model, run.agent, 1, OLDEST), held_out, DREAMT)
+    found = {f"{name} @{k}": figure for k, row in table.items() for name, figure in row.items()}
+    played = play(s, drama.make_player(s, run.model, run.agent, EPISODES))
+    score = float(played.replay["reward"].sum()) / EPISODES
+    found |= dict(score=score, entropy=played.entropy.mean(), **value_and_return(s, played))
+    return {name: f"{figure:.6g}" for name, figure in found.items()}
+
+
+# ---------------------------------------------------------------- rows, and a table of them
+
+ABOUT = ("variant", "replay", "seed", "seconds", "settings", "steps", "commit")  # no figures
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def add_row(path: Path, row: dict):
+    table, text = [*read_rows(path), row], io.StringIO(newline="")
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in table for name in row))
+    writer.writeheader()
+    writer.writerows(table)
+    write_file(path, text.getvalue().encode())
+
+
+def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.ndarray],
+            seconds: int, seeds: int, path: Path) -> dict[str, list[dict]]:
+    """Make the rows that are not there, on the replay of this name -> variant: a row a seed."""
+    (frozen, held_out), found = split(steps), {variant: [] for variant in variants}
+    digest = sha256(b"".join(steps[column].tobytes() for column in SCHEMA))[:8]
+    commit = versions()["commit"] or ""
     for seed in range(seeds):
-        for name in variants:
-            key = dict(variant=name, seed=str(seed), updates=str(updates), precision=s.precision)
-            if any(all(row[k] == v for k, v in key.items()) for row in table):
-                continue
-            flags, trial = dict(VARIANTS[name]), {}
-            trial = {k: flags.pop(k) for k in ("decay", "resets") if k in flags}
-            s, device, _ = drama.new_settings(common | dict(
-                seed=seed, precision=s.precision, harmony_lr=10 / updates) | flags)
-            frames = updates * LAPTOP["batch"] * LAPTOP["length"]
-            table.append(key | trained(
-                s, device, frozen, held_out, updates=frames // (s.batch * s.length),
-                name=f"{name}, seed {seed}", **trial))
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, dict.fromkeys(name for row in table for name in row))
-            writer.writeheader()
-            writer.writerows(table)
-            write_file(path, text.getvalue().encode())
+        trials = []
+        for variant, s in variants.items():
+            settings = spelled(s, [flag for flag in FLAGS
+                                   if getattr(s, flag) != getattr(drama.Settings, flag)])
+            key = dict(settings=settings, steps=digest, seed=str(seed), seconds=str(seconds))
+            row = next((row for row in read_rows(path) if key.items() <= row.items()), None)
+            if not row:
+                row = dict(variant=variant, replay=name, **key, commit=commit[:7] + commit[40:])
+                run = drama.Run(replace(s, seed=seed, steps=frozen.length), torch.device("cpu"))
+                run.replay.columns, run.replay.length = frozen.columns, frozen.length
+                trials.append((run, row))
+            found[variant].append(row)
+        for part, learn in [("model", learn_world), ("agent", learn_in_dream)] * bool(trials):
+            take_turns(trials, part, learn, seconds)
+        for run, row in trials:
+            row |= figures(run, held_out)
+            add_row(path, row)
+    return found
+
+
+def print_table(found: dict[str, list[dict]]):
+    """Means and deviations of all figures over seeds, variants side by side. A star marks what is
+    further from the first variant than noise is, but for once in 20 times: by Student's t (Cornish
+    and Fisher's series), with the mean variance of all variants."""
+    first, *_ = found.values()
+    seeds, heads = len(first), [f"[{number}]" for number in range(1, len(found) + 1)]
+    for head, (variant, rows) in zip(heads, found.items()):
+        print(f"{head}  {variant}  ({', '.join(sorted({row['commit'] for row in rows}))})")
+    print("\n" + " " * 34 + "".join(f"{head + '  ':>22}" for head in heads))
+    for name in [name for name in first[0] if name not in ABOUT]:
+        cells = np.array([[float(row.get(name) or "nan") for row in rows]
+                          for rows in found.values()])  # (variants, seeds)
+        mean, deviation = cells.mean(1), cells.std(1, ddof=1)
+        known, digits = deviation[~np.isnan(deviation)], 0 if (abs(cells) >= 1000).any() else 3
+        n = max(1, len(known)) * (seeds - 1)
+        t = 1.96 + 2.37 / n + 2.82 / n**2 + 2.56 / n**3
+        noise = t * math.sqrt(2 / seeds * np.square(known).sum() / max(1, len(known)))
+        texts = (f"{m:,.{digits}f} ± {d:,.{digits}f} {' *'[int(abs(m - mean[0]) > noise)]}"
+                 for m, d in zip(mean, deviation))
+        print(f"{name:<34}" + "".join(f"{text.replace('nan ± nan', '-'):>22}" for text in texts))
+    print(f"\nmean ± deviation over {seeds} seeds; * more than noise away from [1]")
 
 
 def run_command(argv: list[str]):
     parser = drama.Parser(prog="python -m tools.compare", description=__doc__.split("\n")[0],
                           allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("game", metavar="GAME")
-    parser.add_argument("variants", metavar="VARIANT", nargs="*", default=list(VARIANTS),
-                        help=f"all, or some of {', '.join(VARIANTS)}")
-    for name, default in dict(updates=2000, seeds=2).items():
+    parser.add_argument("variants", metavar="VARIANT", nargs="*", default=["laptop"],
+                        help="a preset and, in the same quotes, flags (laptop)")
+    for name, default in dict(seconds=120, seeds=2).items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="INT",
                             help=f"({default})")
-    parser.add_settings("laptop", ("game_args", "device", "threads", "precision"))
-    common = parser.parse(argv)
-    variants, updates, seeds = (common.pop(name) for name in ("variants", "updates", "seeds"))
-    if unknown := set(variants) - set(VARIANTS):
-        raise Mistake(f"{min(unknown)!r} is none of {', '.join(VARIANTS)}.")
-    for name, number in dict(updates=updates, seeds=seeds).items():
-        if number < 1:
-            raise Mistake(f"--{name} must be 1 or more.")
-    name = re.sub(r"[^\w.-]+", "-", drama.game_title(common["game"]))
-    compare(common | dict(preset="laptop", steps=FROZEN), variants, updates, seeds,
-            FOLDER / f"compare-{name}.csv")
+    parser.add_argument("--replay", metavar="RUN|FILE", help="steps of a run, or what --keep wrote")
+    parser.add_argument("--keep", metavar="FILE", help="write the steps to a file, and end")
+    parser.add_settings("laptop", (*GAME[1:], "precision"))
+    common = parser.parse(argv) | dict(preset="laptop", device="cpu", threads=1)
+    texts, seconds, seeds = (common.pop(name) for name in ("variants", "seconds", "seeds"))
+    source, keep = (common.pop(name, None) for name in ("replay", "keep"))
+    if seconds < 1 or seeds < 2:
+        raise Mistake("--seconds must be 1 or more, --seeds 2 or more: one knows of no noise.")
+    s, *_ = drama.new_settings(common)
+    common["precision"], variants = s.precision, {}
+    for text in texts:
+        preset, *words = text.split() or [""]
+        if preset not in drama.PRESETS:
+            raise Mistake(f"a variant begins with {', '.join(drama.PRESETS)}; {text!r} does not.")
+        parser = drama.Parser(prog="a variant", allow_abbrev=False)
+        parser.add_settings(preset, FLAGS)
+        flags = common | dict(preset=preset) | parser.parse(words)
+        variants[" ".join([preset, *words])], *_ = drama.new_settings(flags)
+    steps = recorded(Path(source), s) if source else random_play(s, STEPS).steps(0, STEPS)
+    if keep:
+        np.savez_compressed(packed := io.BytesIO(), game=spelled(s, GAME), **steps)
+        return write_file(Path(keep), packed.getvalue())
+    title = re.sub(r"[^\w.-]+", "-", s.game)
+    name = Path(source).resolve().stem if source else "random play"
+    print_table(compare(variants, name, steps, seconds, seeds, FOLDER / f"compare-{title}.csv"))
 
 
 def main(argv: list[str] | None = None) -> int:
