@@ -726,6 +726,15 @@ def newest_steps(state: dict, files: dict[str, bytes], count: int) -> dict:
     return replay.steps(max(0, replay.length - count), replay.length)
 
 
+def newest_score(source: Path, about: dict) -> dict | None:
+    """Of what `load_run` found, the last evaluation's mean, its error, episodes and step."""
+    for path in Folder(source).numbered("evaluation", ".json")[:1]:
+        step, scores = kept_evaluation(path)
+        mean, error = mean_and_error(scores)
+        return dict(mean=mean, error=error, episodes=len(scores), step=step)
+    return about.get("score")  # an exported agent brings it along
+
+
 def export(source: Path, target: Path) -> str:
     """Write what plays and dreams of a run as one file -> in words, what it holds.
 
@@ -739,12 +748,7 @@ def export(source: Path, target: Path) -> str:
     learning = {name: {key: value.half() if value.is_floating_point() and value.dim() > 1 else value
                        for key, value in state["learning"][name].items()}
                 for name in ("model", "agent")}
-    score = about.get("score")  # if this is an agent already
-    for path in Folder(source).numbered("evaluation", ".json")[:1]:
-        step, scores = kept_evaluation(path)
-        mean, error = mean_and_error(scores)
-        score = dict(mean=mean, error=error, episodes=len(scores), step=step)
-    newest = newest_steps(state, files, MOMENTS)
+    newest, score = newest_steps(state, files, MOMENTS), newest_score(source, about)
     np.savez_compressed(moments := io.BytesIO(), **newest)
     agent = dict(
         format=FORMAT, settings=about["settings"], versions=about.get("versions"), score=score,

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from agent import Player, sample
 from buffer import MOMENTS, Folder, Mistake, intact, kept_evaluation, known_scores, load_run
-from buffer import newest_steps, no_run, step_of, write_png
+from buffer import newest_score, newest_steps, no_run, step_of, write_png
 
 from tools import curves
 
@@ -182,7 +182,7 @@ class Agent:
     def __init__(self, path: Path, device: str = "auto"):
         self.s, self.player, state = drama.load_player(path, device)
         about, state, files = load_run(path)
-        self.step, self.score = state["step"], about.get("score")
+        self.step, self.score = state["step"], newest_score(path, about)
         self.moments = newest_steps(state, files, MOMENTS)
         actions, game, self.no_game = len(self.player.agent.actor[-1].bias), None, ""
         try:
@@ -407,7 +407,7 @@ class Page:
         return here.moment() | dict(
             session=name, names=agent.names, idle=action_of([], agent.names) is not None,
             worlds=agent.worlds, no_game=agent.no_game, length=here.world.length,
-            game=agent.s.game, seed=agent.s.seed, steps=agent.step, score=agent.score)
+            game=agent.s.game, seed=agent.s.seed, steps=agent.step, evaluation=agent.score)
 
 
 def as_json(content) -> tuple[str, bytes]:

@@ -18,6 +18,7 @@ from test_check import refused
 from test_drama import FakeGame, close, contents, fake, finished, pixels, png_chunks
 from test_drama import run_folder, table
 
+import buffer
 import drama
 from buffer import Mistake
 from tools import page
@@ -289,10 +290,12 @@ def test_a_run_that_has_only_begun_or_is_damaged_is_named_beside_the_others(grow
 
 
 @pytest.fixture
-def port(run_folder):
-    """Of a page that is served."""
+def port(run_folder, tmp_path):
+    """Of a page that is served, for a run and its exported agent, which scored 4 ± 1."""
+    (run_folder / "evaluation-000064.json").write_text('{"step": 64, "scores": [3, 5]}')
+    buffer.export(run_folder, tmp_path / "exported.pt")
     with page.Server(("127.0.0.1", 0), page.Handler) as server:
-        server.page = page.Page([run_folder], "cpu")
+        server.page = page.Page([run_folder, tmp_path / "exported.pt"], "cpu")
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         yield server.server_address[1]
@@ -345,7 +348,7 @@ def test_nothing_but_the_page_is_served_and_it_loads_nothing_from_elsewhere(port
 
 @pytest.mark.parametrize("body, code", [
     ("", 400), ("{", 400), ("[]", 400), ("{}", 400), ('"open"', 400), ('{"do": "fly"}', 410),
-    ('{"do": 1}', 400), ('{"do": "open", "run": 1}', 400), ('{"do": "open", "run": -1}', 400),
+    ('{"do": 1}', 400), ('{"do": "open", "run": 2}', 400), ('{"do": "open", "run": -1}', 400),
     ('{"do": "open", "run": "0"}', 400), ('{"do": "open", "world": "moon"}', 400),
     ('{"do": "open", "self": 1}', 400), ('{"do": "step", "session": "none"}', 410),
     ('{"do": "step", "keys": "LEFT"}', 400), ('{"do": "open", "return": {}}', 400),
@@ -447,6 +450,7 @@ def window(port, run_folder):
 
         def open_one(view="", **options):
             window = browser.new_context(**options).new_page()
+            window.set_default_timeout(120_000)  # machines may be busy
             window.on("console", lambda message: message.type == "error" and wrong.append(message))
             window.on("pageerror", lambda error: wrong.append(str(error)))
             window.on("request", asked_for)
@@ -472,7 +476,7 @@ def canvases(window):
 
 
 def says(window, name, words):
-    window.wait_for_selector(f"#{name}:text('{words}')", timeout=20_000)
+    window.wait_for_selector(f"#{name}:text('{words}')")
 
 
 def test_keys_play_leave_dream_and_come_back(window):
@@ -492,6 +496,10 @@ def test_keys_play_leave_dream_and_come_back(window):
         assert pixel(one, "game", 12 * ((action + 1) % 4) + 4, 30) == [seed, 10 * step, 0]
     says(one, "driver", "You play")
     says(one, "game-says", "score 6")  # the reward is the action
+    for bar in one.locator("#policy button").all():
+        share = bar.locator("i").bounding_box()["width"] / bar.bounding_box()["width"]
+        assert f"{share:.2f}" != "0.00" and abs(100 * share - float(
+            bar.locator("span").nth(1).inner_text().removesuffix(" %"))) < 0.1
 
     one.keyboard.press("Enter")
     says(one, "dream-says", "alone for 0 steps")
@@ -533,6 +541,8 @@ def test_two_windows_are_two_worlds(window):
 def test_a_film_is_entered_where_its_slider_stands(window, run_folder):
     one = window()
     one.keyboard.press("p")
+    one.select_option("#agent", label="exported")
+    says(one, "about", "Breakout, 64 steps, seed 0, score 4 ± 1 in 2 episodes")
     one.select_option("#world", "film")
     says(one, "game-says", "of 64, as filmed")
     one.keyboard.press("p")
@@ -556,7 +566,7 @@ def test_a_run_is_drawn_and_redrawn(window, run_folder):
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 2 * 16 * 66
     with open(run_folder / "episodes.csv", "a") as file:
         file.write("70,12,6,\n")
-    one.wait_for_selector(f"#scores circle >> nth={marks}", timeout=15_000)  # by itself
+    one.wait_for_selector(f"#scores circle >> nth={marks}")  # by itself
 
 
 def test_an_error_is_a_sentence_on_the_page(window, monkeypatch):
