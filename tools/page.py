@@ -79,9 +79,10 @@ def meaning(name: str) -> set[str]:
 def action_of(keys: list[str], names: list[str]) -> int | None:
     """The action that has most of the arrows pressed and least of others; None if all have more
     that is not wanted. A number among the keys is the action itself."""
+    numbers = [str(number) for number in range(len(names))]
     for key in keys:
-        if key.isdecimal() and int(key) < len(names):
-            return int(key)
+        if key in numbers:
+            return numbers.index(key)
     pressed = set(keys)
     for pair in ({"LEFT", "RIGHT"}, {"UP", "DOWN"}):
         pressed -= pair if pair <= pressed else set()
@@ -101,7 +102,7 @@ class Game:
         self.s, self.game, self.at = s, drama.make_game(s), EPISODE - 1
 
     def start(self, at: int, before: int) -> int:
-        """Begin a new episode -> 0, the steps that lead to where to begin."""
+        """Begin a new episode -> 0: no steps lead there."""
         self.at += 1
         self.frame = self.game.reset(drama.episode_seeds(self.s.seed, self.at, "test"))
         self.first = True
@@ -135,6 +136,7 @@ class Film:
         self.recorded = int(self.columns["action"][at])
 
     def step(self, action: int) -> float:
+        """-> what the action that was taken here earned."""
         earned, after = float(self.columns["reward"][self.at]), (self.at + 1) % self.length
         self.show(after, after == 0 or bool(self.columns["first"][after]))
         return earned
@@ -294,7 +296,7 @@ def progress(folder: Path, column: str) -> dict:
     scores = curves.columns(folder / "episodes.csv", "step", "score")
     table = folder / "metrics.csv"
     rows = curves.columns(table, "step", column, "steps_per_second", empty="nan")
-    header = table.open().readline().strip().split(",") if len(rows) else []
+    header = table.read_text("utf-8").partition("\n")[0].split(",") if len(rows) else []
     logged, pace = rows[-1, [0, 2]] if len(rows) else (0, np.nan)
     step = max([int(logged), *map(step_of, Folder(folder).manifests()[:1])])
     tests = map(kept_evaluation, Folder(folder).numbered("evaluation", ".json"))
@@ -313,7 +315,6 @@ def newest_dream(folder: Path) -> Path | None:
 
 # ---------------------------------------------------------------- what the browser asks
 
-
 WISH = dict(do=str, session=str, run=int, world=str, at=int, keys=list | None)  # of Page.dream
 
 
@@ -325,7 +326,8 @@ class Page:
     """Answers to the browser. Models and games are touched by one thread alone, in turn."""
 
     def __init__(self, paths: list[Path], device: str = "auto"):
-        self.paths, self.device, self.sessions = paths, device, {}
+        self.paths, self.sessions = paths, {}
+        self.runs = {str(number): path for number, path in enumerate(filter(Path.is_dir, paths))}
         self.html = (Path(__file__).with_suffix(".html")).read_bytes()
         self.thread = ThreadPoolExecutor(1)
         self.agent = functools.lru_cache(2)(lambda path, save: Agent(path, device))
@@ -343,14 +345,11 @@ class Page:
             return as_json([dict(name=path.stem if path.is_file() else path.resolve().name,
                                  run=path.is_dir()) for path in self.paths])
         if path == "/progress":
-            return as_json([self.progress(path, query.get("column", "")) for path in self.paths
-                            if path.is_dir()])
-        if path == "/picture":
-            number = query.get("run", "")
-            runs = [path for path in self.paths if path.is_dir()]
-            if number.isdecimal() and int(number) < len(runs):
-                if picture := newest_dream(runs[int(number)]):
-                    return "image/png", picture.read_bytes()
+            return as_json([self.progress(path, query.get("column", ""))
+                            for path in self.runs.values()])
+        if path == "/picture" and query.get("run") in self.runs:
+            if picture := newest_dream(self.runs[query["run"]]):
+                return "image/png", picture.read_bytes()
         raise Refused(404, "there is no such thing here")
 
     def progress(self, path: Path, column: str) -> dict:
@@ -435,12 +434,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def content(self):
         size = self.headers.get("Content-Length", "")
-        if not size.isdecimal() or int(size) > LONGEST:
+        if not re.fullmatch("[0-9]{1,5}", size) or int(size) > LONGEST:
             raise Refused(413, "this is not how the page asks")
         try:
             return json.loads(self.rfile.read(int(size)))
-        except ValueError:
-            raise Refused(400, "this is not JSON") from None
+        except (ValueError, RecursionError):
+            raise Refused(400, "this is no JSON of the page's") from None
 
     def respond(self, answer):
         host, code = self.headers.get("Host", ""), 200

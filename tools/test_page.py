@@ -281,7 +281,7 @@ def test_a_run_that_has_only_begun_or_is_damaged_is_named_beside_the_others(grow
     assert (second["step"], second["left"], second["scores"]) == (0, None, [])
     assert third["name"] == "growing" and third["step"] == 400
     assert here.get("/picture", {"run": "2"}) == ("image/png", b"png of 300")  # the third folder
-    for number in ("0", "1", "3", "-1", "x", ""):
+    for number in ("0", "1", "3", "-1", "x", ""):  # the first two have none
         with pytest.raises(page.Refused):
             here.get("/picture", {"run": number})
 
@@ -341,8 +341,8 @@ def test_nothing_but_the_page_is_served_and_it_loads_nothing_from_elsewhere(port
     assert b"//" not in html.replace(b"// ", b"")  # comments
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     for path in ("/page.html", "/page.py", "/../drama.py", "/%2e%2e/drama.py", "//etc/passwd",
-                 "/etc/passwd", "/picture?run=9", "/picture?run=../..", "/dream", "*",
-                 "http://127.0.0.1/", "localhost"):
+                 "/etc/passwd", "/picture?run=9", "/picture?run=../..", "/picture?run=" + "1" * 900,
+                 "/dream", "*", "http://127.0.0.1/", "localhost"):
         assert request(port, path=path)[0] == 404, path
 
 
@@ -352,7 +352,8 @@ def test_nothing_but_the_page_is_served_and_it_loads_nothing_from_elsewhere(port
     ('{"do": "open", "run": "0"}', 400), ('{"do": "open", "world": "moon"}', 400),
     ('{"do": "open", "self": 1}', 400), ('{"do": "step", "session": "none"}', 410),
     ('{"do": "step", "keys": "LEFT"}', 400), ('{"do": "open", "return": {}}', 400),
-    ("9" * (page.LONGEST + 1), 413)])  # fmt: skip
+    ("9" * (page.LONGEST + 1), 413), ("9" * 9000, 400), ("[" * 9000, 400),
+    ('{"do": "open", "at": 1e999}', 400)])  # fmt: skip
 def test_a_wrong_wish_is_answered_in_a_sentence_and_ends_nothing(body, code, port, capfd):
     got, _, content = request(port, "POST", "/dream", body)
     assert got == code and set(json.loads(content)) == {"error"}
@@ -366,7 +367,7 @@ def test_broken_connections_end_nothing(port, capfd):
             connection.sendall(data)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     code, opened = wish(port, do="open")
-    for keys in (["FLY"], ["9"], [1.5, None, {}], ["LEFT"] * 50):
+    for keys in (["FLY"], ["9"], ["9" * 9000], [1.5, None, {}], ["LEFT"] * 50):
         assert wish(port, do="step", session=opened["session"], keys=keys)[0] == 200
     assert wish(port, do="begin", session=opened["session"], at=10**9)[0] == 200
     assert wish(port, do="fly", session=opened["session"])[0] == 400
