@@ -213,6 +213,8 @@ def print_table(found: dict[str, list[dict]]):
     for name in [name for name in first[0] if name not in ABOUT]:
         cells = np.array([[float(row.get(name) or "nan") for row in rows]
                           for rows in found.values()])  # (variants, seeds)
+        if np.isnan(cells).all():
+            continue
         mean, deviation = cells.mean(1), cells.std(1, ddof=1)
         known, digits = deviation[~np.isnan(deviation)], 0 if (abs(cells) >= 1000).any() else 3
         n = max(1, len(known)) * (seeds - 1)

@@ -182,7 +182,7 @@ def test_the_table_by_hand(capsys):
     variant these are 2, 2 degrees, 4.303 and 6.09."""
     def of(near, far, some):
         return [dict(variant="x", seed=seed, commit=f"c{seed}", near=near[seed], far=far[seed],
-                     some=some[seed]) for seed in (0, 1)]
+                     some=some[seed], nowhere="nan") for seed in (0, 1)]
 
     compare.print_table({
         "laptop": of([1, 3], [1, 3], [1000, 1002]),
