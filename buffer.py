@@ -685,7 +685,10 @@ def kept_evaluation(path: Path) -> tuple[int, list[float]]:
 
 
 def no_run(path: Path) -> Mistake:
-    return Mistake(f"{path} holds no run." if path.is_dir() else f"there is no folder {path}.")
+    if not path.is_dir():
+        return Mistake(f"there is no {'file' if path.suffix == '.pt' else 'folder'} {path}.")
+    begun = (path / "lock").exists()
+    return Mistake(f"{path} has saved nothing yet." if begun else f"{path} holds no run.")
 
 
 def mean_and_error(scores) -> tuple[float, float]:

@@ -550,12 +550,13 @@ def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "poster
     """Settings, with `changes`, player and saved state of a run's folder or an exported agent: all
     one needs to play."""
     manifest, state, _ = load_run(Path(path), with_replay=False)
-    s, (device, _) = replace(settings_of(manifest), **changes), pick_device(str(device))
-    learnt = state["learning"]
-    actions = [len(part) for name, part in learnt["agent"].items() if name.startswith("actor")][-1]
-    model, agent = build_networks(s, actions, device)
-    model.load_state_dict(learnt["model"])
-    agent.load_state_dict(learnt["agent"])
+    device, learnt = pick_device(str(device))[0], state["learning"]
+    with in_one_sentence(f"{path} does not fit this version"):
+        s, parts = replace(settings_of(manifest), **changes), learnt["agent"]
+        actions = [len(part) for name, part in parts.items() if name.startswith("actor")][-1]
+        model, agent = build_networks(s, actions, device)
+        model.load_state_dict(learnt["model"])
+        agent.load_state_dict(parts)
     return s, make_player(s, model, agent, games, act_on), state
 
 
@@ -1050,8 +1051,8 @@ def open_player(path: Path, flags: dict, command: str, games: int | None, act_on
                                    eval_episodes=s.eval_episodes)
     if out != path:
         out.mkdir(parents=True, exist_ok=True)
-    elif not os.access(path, os.W_OK):
-        raise Mistake(f"{path} cannot be written to, and {command} leaves its result there: "
+    if not os.access(out, os.W_OK):
+        raise Mistake(f"{out} cannot be written to, and {command} leaves its result there: "
                       "--out DIR names another place.")
     return s, player, state, out
 

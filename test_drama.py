@@ -2701,7 +2701,10 @@ def test_a_run_is_not_continued_with_other_settings(flags, says, run_folder, cap
 def test_a_folder_without_a_run_is_refused(kind, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     refused(capsys, tmp_path, [kind, str(tmp_path / "empty")], "empty holds no run")
+    (tmp_path / "empty" / "lock").touch()  # as at the beginning of a run
+    refused(capsys, tmp_path, [kind, str(tmp_path / "empty")], "empty has saved nothing yet")
     refused(capsys, tmp_path, [kind, str(tmp_path / "missing")], "there is no folder .*missing")
+    refused(capsys, tmp_path, [kind, str(tmp_path / "no.pt")], "there is no file .*no.pt")
 
 
 def test_one_thing_at_a_time(run_folder, capsys):
@@ -3144,6 +3147,11 @@ def test_a_foreign_file_is_refused_and_nothing_in_it_executed(exported, run_fold
     agent = torch.load(exported, weights_only=True)
     torch.save(agent | dict(format=buffer.FORMAT + 1), "newer.pt")
     refused(capsys, tmp_path, ["--watch", "newer.pt"], "newer version")
+    for other, words in ((dict(settings=[]), "AttributeError"), (dict(learning=dict(
+            agent["learning"], agent={})), "IndexError"), (dict(settings=dict(
+            agent["settings"], d_model=64)), "RuntimeError")):  # well-formed, but not ours
+        torch.save(agent | other, "other.pt")
+        refused(capsys, tmp_path, ["--watch", "other.pt"], f"does not fit this version.*{words}")
     agent["settings"]["colour"] = 1
     torch.save(agent, "unknown.pt")
     refused(capsys, tmp_path, ["--watch", "unknown.pt"], "--colour, which this version")
