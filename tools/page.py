@@ -126,7 +126,7 @@ class Film:
     def start(self, at: int, before: int) -> int:
         """Go to `before` steps before step `at`, or to what its episode has of them -> how many."""
         opened = np.flatnonzero(self.columns["first"][: at + 1])
-        earliest = max(0, at - before, *opened[-1:])
+        earliest = int(max(0, at - before, *opened[-1:]))
         self.show(earliest, True)
         return at - earliest
 
@@ -304,7 +304,8 @@ def progress(folder: Path, column: str) -> dict:
         game=game, steps=steps, seed=seed, step=step,
         left=(steps - step) / pace if pace > 0 else None,
         silent=time.time() - table.stat().st_mtime if len(rows) else None,
-        scores=scores.tolist(), tests=[[at, sum(each) / len(each)] for at, each in tests if each],
+        scores=scores[np.isfinite(scores).all(1)].tolist(),
+        tests=[[at, sum(each) / len(each)] for at, each in tests if each],
         columns=header[1:], column=rows[np.isfinite(rows[:, 1]), :2].tolist(),
         known=known_scores().get(game, {}), picture=getattr(newest_dream(folder), "name", None))
 
@@ -457,10 +458,10 @@ class Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             code, sentence = 500, f"this went wrong: {error!r}"
         if code != 200:
-            (kind, body), self.close_connection = as_json(dict(error=sentence)), True
+            kind, body = as_json(dict(error=sentence))
         self.send_response(code)
         for name, value in (("Content-Type", kind), ("Content-Length", str(len(body))),
-                            *self.RULES.items()):
+                            *[("Connection", "close")] * (code != 200), *self.RULES.items()):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -485,8 +486,8 @@ def serve(page: Page, port: int, browser: bool):
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        raise Mistake(f"port {port} cannot be had ({error.strerror}): --port {port + 1} may be "
-                      "free, and --port 0 finds one that is.") from None
+        raise Mistake(f"port {port} cannot be had ({error.strerror}): --port 0 finds one "
+                      "that is free.") from None
     with server:
         server.page, address = page, f"http://127.0.0.1:{server.server_address[1]}/"
         print(f"{address}  (Ctrl-C ends it)", flush=True)
@@ -545,6 +546,10 @@ def run_command(argv: list[str]):
         if not path.exists():
             raise no_run(path)
     if "film" in asked:
+        drama.refuse({name: asked[name] for name in ("port", "no_browser") if name in asked},
+                     "--film opens no page")
+        if len(asked["runs"]) > 1:
+            raise Mistake("--film takes one RUN.")
         return film(Agent(asked["runs"][0], s.device), asked["film"])
     if not 0 <= (port := asked.get("port", 8000)) < 2**16:
         raise Mistake(f"--port must be from 0 to {2**16 - 1}, not {port}.")

@@ -168,6 +168,8 @@ def test_a_film_is_entered_at_any_step_with_what_led_there(agent):
     known = [int(action) for _, action, _ in here.real.history]
     assert known == columns["action"][within - agent.player.half : within].tolist()
     assert 0 < len(known) <= 5 and here.score == 0
+    here.begin(int(opened[1]))  # where nothing led
+    assert json.loads(page.as_json(here.moment())[1])["at"] == opened[1]
     here.begin(len(columns["action"]) - 1)
     here.step((int(columns["action"][-1]) + 1) % 4)
     assert here.taken == columns["action"][-1]  # the film's, not the key's
@@ -280,6 +282,9 @@ def test_a_run_that_has_only_begun_or_is_damaged_is_named_beside_the_others(grow
     assert first["name"] == "broken" and "settings.json is damaged" in first["error"]
     assert (second["step"], second["left"], second["scores"]) == (0, None, [])
     assert third["name"] == "growing" and third["step"] == 400
+    (young / "episodes.csv").write_text("step,score\n1,nan\n2,7\n3,inf\n")
+    _, second, _ = json.loads(here.get("/progress", {"column": "kl"})[1])
+    assert second["scores"] == [[2, 7]]
     assert here.get("/picture", {"run": "2"}) == ("image/png", b"png of 300")  # the third folder
     for number in ("0", "1", "3", "-1", "x", ""):  # the first two have none
         with pytest.raises(page.Refused):
@@ -327,6 +332,7 @@ def test_only_this_machine_may_ask_and_only_by_a_local_name(port):
     for origin, code in ((f"http://127.0.0.1:{port}", 200), ("http://evil.example", 403),
                          ("null", 403), ("http://127.0.0.1:1", 403)):
         assert request(port, "POST", "/dream", '{"do": "open"}', Origin=origin)[0] == code, origin
+    assert request(port, Host="evil.example")[1]["Connection"] == "close"
     with socket.socket() as other:  # of this machine, but not its loopback address
         other.settimeout(5)
         address = socket.gethostbyname(socket.gethostname())
@@ -390,6 +396,9 @@ def test_bad_flags_are_refused(run_folder, tmp_path, port, capsys):
                        ([run_folder, "--port", "70000"], "--port must be from 0"),
                        ([run_folder, "--port", "x"], "x is not a whole number"),
                        ([run_folder, "--seed", "1"], "--seed"),
+                       ([run_folder, run_folder, "--film", "a.png"], "--film takes one RUN"),
+                       ([run_folder, "--film", "a.png", "--port", "9"], "leave out --port 9"),
+                       ([run_folder, "--film", "a.png", "--no-browser"], "leave out --no-browser"),
                        ([run_folder, "--threads", "-1"], "--threads")):
         refused(capsys, page.main, argv, says)
 
@@ -552,6 +561,13 @@ def test_a_film_is_entered_where_its_slider_stands(window, run_folder):
     says(one, "game-says", "step 21 of 64")
     frame = np.load(run_folder / "replay-001.npz")["frame"][4]  # 16 steps a file
     assert pixel(one, "game", 0, 0) == frame[0, 0].tolist()
+    asked = []
+    one.on("request", lambda request: asked.append(request.post_data_json["do"]))
+    one.evaluate("""() => {
+        for (let at = 0; at < 40; at++) { $("at").value = at; $("at").oninput(); }
+    }""")
+    says(one, "game-says", "step 40 of 64")
+    assert asked == ["begin", "begin"]  # the first, and the newest once that is there
 
 
 def test_a_run_is_drawn_and_redrawn(window, run_folder):
@@ -583,4 +599,13 @@ def test_an_error_is_a_sentence_on_the_page(window, monkeypatch):
     monkeypatch.undo()
     one.keyboard.press("n")
     one.wait_for_selector("#problem", state="hidden")
-    assert len(window.wrong) == 1 and "400" in window.wrong.pop().text
+    assert one.locator("#stage").is_visible()
+    monkeypatch.setattr(page.Page, "open", late)
+    one.select_option("#agent", label="exported")
+    says(one, "problem", "it is late")
+    one.keyboard.press("n")
+    assert not one.locator("#stage").is_visible()  # nor what was open before
+    monkeypatch.undo()
+    one.select_option("#agent", index=0)
+    one.wait_for_selector("#stage")
+    assert [("400" in window.wrong.pop().text) for _ in range(2)] == [True, True]
