@@ -231,8 +231,8 @@ class WorldModel(nn.Module):
 
     def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernels: list[int],
                  groups: int, classes: int, d_model: int, layers: int, backbone: str,
-                 d_state: int, head_dim: int, dropout: float, head_hidden: int, unimix: float,
-                 free_nats: float, representation_scale: float, harmony: bool,
+                 d_state: int, head_dim: int, length: int, dropout: float, head_hidden: int,
+                 unimix: float, free_nats: float, representation_scale: float, harmony: bool,
                  event_weights: bool, size: int = 64):
         super().__init__()
         self.actions, self.groups, self.classes = actions, groups, classes
@@ -243,7 +243,8 @@ class WorldModel(nn.Module):
         self.posterior_head = nn.Linear(channels[-1] * side * side, d_latent)
         self.decoder = decoder(d_latent, channels, strides, kernels, side)
         self.sequence = SequenceModel(d_latent + actions, d_model, layers=layers, dropout=dropout,
-                                      backbone=backbone, d_state=d_state, head_dim=head_dim)
+                                      backbone=backbone, d_state=d_state, head_dim=head_dim,
+                                      length=length)
         self.prior_head = nn.Linear(d_model, d_latent)
         self.two_hot = TwoHot()
         self.reward_head = mlp(d_model, head_hidden, 1, len(self.two_hot.bins))

@@ -762,7 +762,8 @@ def export(source: Path, target: Path) -> str:
     write_file(target, data.getvalue())
     digits = 1 if score and abs(score["mean"]) >= 100 else 3
     earned = (f"score {score['mean']:,.{digits}f} ± {score['error']:,.{digits}f} in "
-              f"{score['episodes']} episodes at step {score['step']:,}" if score else "no score yet")
+              f"{score['episodes']} episodes at step {score['step']:,}"
+              if score else "no score yet")
     return (f"{about['settings']['game']}, {state['step']:,} steps, {earned}, "
             f"{len(newest['action'])} frames, {len(data.getvalue()) / 1e6:.1f} MB")
 

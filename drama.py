@@ -114,7 +114,8 @@ class Settings:
     sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)", choices=SAMPLERS)
     tau: float = setting(10.0, "temperature of dfs, draws (code): 10 at 16 draws a step", low=0.01)
     batch: int = setting(16, "windows of a world-model update (paper)")
-    length: int = setting(128, "steps of such a window (paper)", low=2)
+    length: int = setting(128, "steps of such a window, and of a transformer's cache (paper)",
+                          low=2)
     model_steps: int = setting(1, "steps of the model an update, each on its share of a batch")
     # World model
     channels: tuple = setting((16, 32, 48, 64, 64), "filters of the encoder's convolutions (code)")
@@ -126,7 +127,7 @@ class Settings:
     layers: int = setting(2, "sequence layers (paper)")
     d_model: int = setting(512, "width of the sequence model (paper)")
     d_state: int = setting(16, "its state, numbers a channel (paper)")
-    head_dim: int = setting(64, "channels of a mamba2 head (code; paper: 128)")
+    head_dim: int = setting(64, "channels of a head (code; paper: 128)")
     dropout: float = setting(0.1, "dropout of the sequence model, a share (paper)", high=0.99)
     head_hidden: int = setting(256, "hidden width of the reward and termination heads (code)")
     unimix: float = setting(0.01, "uniform share of every latent (paper)", low=1e-6, high=1)
@@ -281,8 +282,8 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
         model = WorldModel(
             actions, channels=list(s.channels), strides=list(s.strides), kernels=kernels,
             groups=s.groups, classes=s.classes, d_model=s.d_model, layers=s.layers,
-            backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, dropout=s.dropout,
-            head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
+            backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, length=s.length,
+            dropout=s.dropout, head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
             representation_scale=s.representation_scale, harmony=s.harmony,
             event_weights=s.event_weights)
     except ValueError as error:  # sizes that do not fit each other
@@ -788,10 +789,10 @@ gymnasium.register("Dot", Dot)
 
 # ---------------------------------------------------------------- command line
 
-# A setting that means nothing while another one has this value
-USELESS = dict(tau=("sampling", "uniform"), head_dim=("backbone", "mamba"),
-               harmony_lr=("harmony", False), context=("dream_from", "batch"),
-               replay_critic=("dream_from", "contexts"))
+# A setting that means nothing while another one has one of these values
+USELESS = dict(tau=("sampling", "uniform"), head_dim=("backbone", "mamba", "gru"),
+               d_state=("backbone", "gru", "transformer"), harmony_lr=("harmony", False),
+               context=("dream_from", "batch"), replay_critic=("dream_from", "contexts"))
 MAY_CHANGE = ("steps", "device", "threads", "replay_device", "save_minutes", "eval_episodes")
 MOVED = dict(model_check="check RUN", curves="curves RUN", bench="bench", graphs="graphs")
 
@@ -935,8 +936,8 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     flags = dict(preset=own_preset(device.type)) | flags
     s = Settings(**(PRESETS[flags["preset"]] | flags))
     check(s)
-    for name, (other, value) in USELESS.items():
-        if flags.get(name) and getattr(s, other) == value:
+    for name, (other, *values) in USELESS.items():
+        if flags.get(name) and (value := getattr(s, other)) in values:
             raise Mistake(f"{flag(name)} means nothing with {typed(other, value)}: leave it out.")
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
@@ -1064,8 +1065,8 @@ def run_command(argv: list[str]):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--eval", metavar="RUN", help="play full episodes with a run's agent")
     instead.add_argument("--watch", metavar="RUN", help="film an episode of a run's agent")
-    instead.add_argument("--export", metavar=("RUN", "FILE"), nargs=2, help="write a run's agent to "
-                         "a file FILE.pt, which --eval and --watch take like a run")
+    instead.add_argument("--export", metavar=("RUN", "FILE"), nargs=2, help="write a run's agent "
+                         "to a file FILE.pt, which --eval and --watch take like a run")
     instead.add_argument("--list-games", action="store_true", help="list the Atari games")
     parser.add_argument("--out", metavar="DIR", help="for --eval and --watch: where to write")
     parser.add_argument("--act-on", choices=("posterior", "prior"), help="for --eval and --watch: "

@@ -1,4 +1,4 @@
-"""Selective state spaces in plain PyTorch: two scans, two layers, one sequence model.
+"""Sequence layers in plain PyTorch: two selective scans, five layers, one sequence model.
 
 A state space layer carries a state h along a sequence. Each step fades it, writes to it, reads it:
 
@@ -15,24 +15,21 @@ which is the definition, and in parallel over blocks of steps, which is what one
     reset      (B, L) bool: where it is True, nothing earlier is visible, then or later
     g...       the gradient of ..., in the backward passes
 
-`python scan.py` checks the parallel scans against the loops on this machine and measures them.
-This is the last of the four files to read. Alongside: Gu and Dao, "Mamba" (arXiv 2312.00752),
-section 3; Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. Parameters are named
-as in their reference implementation.
+`python scan.py` checks the parallel scans against the loops on this machine. This is the last of
+the four files to read. Alongside: Gu and Dao, "Mamba" (arXiv 2312.00752), section 3; Dao and Gu,
+"Transformers are SSMs" (arXiv 2405.21060), section 6; Mamba-3 is arXiv 2603.15569. Parameters of
+the Mambas are named as in their reference implementation.
 """
 import functools
 import itertools
 import math
-import os
-import statistics
-import time
+from inspect import signature
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.profiler import ProfilerActivity, profile
 
 HUGE = 1e30  # finite, yet a decay over a step of this length, by any rate above 1e-27, is exactly 0
 LOG2_E = math.log2(math.e)  # exp2(LOG2_E a) is exp(a), with torch 2.13 on x86 2.6 times as fast
@@ -49,6 +46,13 @@ def without_autocast(function):
     return wrapped
 
 
+def differentiated_by_hand(cls):
+    """What every autograd.Function here is besides its forward and backward."""
+    cls.forward = staticmethod(without_autocast(cls.forward))
+    cls.backward = staticmethod(once_differentiable(without_autocast(cls.backward)))
+    return cls
+
+
 def at_least_float32(*tensors):
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
     return [tensor.to(dtype) for tensor in tensors]
@@ -63,43 +67,35 @@ def check_sizes(x, every=None):
         raise ValueError(f"pieces of {every} steps do not make up a sequence of {length}")
 
 
-def every_step(step, x, dt, A, B, C, D, state, reset):
+def every_step(step, x, dt, A, B, C, D, state=None, reset=None):
     """The definition of either scan: its step, again and again."""
     check_sizes(x)
     x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
     h = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(x.dtype)
-    resets = itertools.repeat(None) if reset is None else reset.unbind(1)
-    y = []
-    for x_t, dt_t, B_t, C_t, reset_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1),
-                                            resets):
+    resets, y = itertools.repeat(None) if reset is None else reset.unbind(1), []
+    for x_t, dt_t, B_t, C_t, reset_t in zip(*(part.unbind(1) for part in (x, dt, B, C)), resets):
         y_t, h = step(x_t, dt_t, A, B_t, C_t, D, h, reset_t)
         y.append(y_t)
     return torch.stack(y, 1), h
 
 
-def in_parallel(scan, x, dt, A, B, C, D, state, reset, every):
+def in_parallel(scan, x, dt, B, C, *rest, state, reset, every):
     """What S6 and SSD have in common: nothing passes a reset, not even what is no number.
 
     They multiply what lies behind a reset by 0, which does not rid them of a NaN. So a step that is
-    not finite in all it has, or is beyond 1e19 and might overflow on the way, is taken out before,
-    and whatever has seen it, or comes after it and before the next reset, is made NaN afterwards.
+    not finite in all it has, or is beyond 1e19 and might overflow on the way, is `lost` with all
+    that has seen it, up to the next reset: the scans take it out and make NaN of what it leads to.
     """
     check_sizes(x, every)
-    x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
     state = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(x.dtype)
     reset = x.new_zeros(x.shape[:2], dtype=torch.bool) if reset is None else reset
     with torch.no_grad():
-        *written, read, carried = (
-            torch.linalg.vector_norm(tensor, dim=tuple(range(2, tensor.dim())))
-            for tensor in (x, dt, B, C, state[:, None]))
+        *written, read, carried = (torch.linalg.vector_norm(part, dim=tuple(range(2, part.dim())))
+                                   for part in (x, dt, B, C, state[:, None]))
         bad = ~(torch.cat([carried, math.prod(written) + read], 1) < HUGE)  # (B, 1 + L), also NaN
         seen = bad.cumsum(1)
         lost = seen[:, 1:] > (seen[:, :-1] * reset).cummax(1).values  # more than at the last reset
-        lost = torch.where(lost, math.nan, 0.0).view(*lost.shape, *[1] * (x.dim() - 2))
-    dt, B, C = (tensor.masked_fill(bad[:, 1:, None], 0.0) for tensor in (dt, B, C))
-    piece = every or x.shape[1]
-    y, states = scan.apply(x, dt, A, B, C, D, state, reset, every)
-    y, states = y + lost, states + lost[:, piece - 1::piece, ..., None]
+    y, states = scan.apply(x, dt, B, C, *rest, state, reset, lost, every)
     return y, states if every else states[:, -1]
 
 
@@ -115,7 +111,7 @@ def in_blocks(tensor, K, Q):
 
 
 @without_autocast
-def s6_step(x, dt, A, B, C, D, h, reset=None):
+def s6_step(x, dt, A, B, C, D, h, reset=None, every=None):
     """x, dt (B, W); A (W, N); B, C (B, N); D (W); h (B, W, N); reset (B) -> y (B, W), h"""
     if reset is not None:
         h = torch.where(reset[:, None, None], 0, h)
@@ -124,15 +120,14 @@ def s6_step(x, dt, A, B, C, D, h, reset=None):
     return torch.addcmul((h * C[:, None]).sum(-1), D, x), h
 
 
-def s6_sequential(x, dt, A, B, C, D, state=None, reset=None):
-    """x, dt (B, L, W); A (W, N); B, C (B, L, N); D (W); state (B, W, N) -> y (B, L, W), state"""
-    return every_step(s6_step, x, dt, A, B, C, D, state, reset)
+s6_sequential = functools.partial(every_step, s6_step)
 
 
 def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
     """The same in parallel: a loop over the steps of one block takes all blocks along at once.
 
-    `every` asks for the state after each piece of so many steps, (B, L / every, W, N).
+    x, dt (B, L, W); A (W, N); B, C (B, L, N); D (W); state (B, W, N) -> y (B, L, W), state; or,
+    (B, L / every, W, N), the state after each piece of `every` steps.
 
     1. Every block from a zero state, for its last state alone.   (left out if there is one block)
     2. A loop over the blocks chains these to the state in which each block really starts.
@@ -140,29 +135,17 @@ def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
     The backward pass does the same from the end. It computes eight states at a time once more,
     from the kept one before them, so that no tensor of shape (B, L, W, N) ever exists.
     """
-    return in_parallel(S6, x, dt, A, B, C, D, state, reset, every)
+    x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
+    return in_parallel(S6, x, dt, B, C, A, D, state=state, reset=reset, every=every)
 
 
-def s6_plan(batch, length, width, N, device, every=None):
-    """How the work is divided: (K blocks, Q steps of each, steps from one kept state to the next,
-    tiles of rows and channels). This and ssd_plan alone know what a device likes."""
-    cpu = device.type == "cpu"
-    # Launches cost on a GPU: the loops over Q steps and over K blocks are kept about equally long.
-    longest = every or (128 if cpu else min(128, max(16, 2 ** round(math.log2(length) / 2))))
-    K = -(-length // longest)
-    # On a CPU the arrays of one step should stay in the caches of its cores: 2^18 numbers are 1 MB.
-    # A GPU wants large kernels, but buffers that fit.
-    wide = min(width, 1024) if cpu else width
-    high = max(1, 2 ** (18 if cpu else 22) // (wide * N))
-    tiles = [(slice(row, min(row + high, batch * K)), slice(channel, min(channel + wide, width)))
-             for row in range(0, batch * K, high) for channel in range(0, width, wide)]
-    return K, -(-length // K), 8, tiles
-
-
-def steps_of(rows, channels, wide, narrow):
-    """The steps of a tile, of tensors (R, Q, W) and (R, Q, N), as views that broadcast with it."""
-    return (*(tensor[rows, :, None, channels].unbind(1) for tensor in wide),
-            *(tensor[rows, ..., None].unbind(1) for tensor in narrow))
+def s6_plan(length, device, every=None):
+    """How the work is divided: (K blocks, Q steps of each, steps from one kept state to the next).
+    This and ssd_plan alone know what a device likes. Launches cost on a GPU: the loops over Q steps
+    and over K blocks are kept about equally long."""
+    longest = 128 if device.type == "cpu" else min(128, max(16, 2 ** round(math.log2(length) / 2)))
+    K = -(-length // (every or longest))
+    return K, -(-length // K), 8
 
 
 def contract(left, right):
@@ -170,6 +153,7 @@ def contract(left, right):
     return (left.transpose(0, 1) @ right).transpose(0, 1)
 
 
+@differentiated_by_hand
 class S6(torch.autograd.Function):
     """Inside, the state is (R, N, W): the channels, of which there are most, are contiguous.
 
@@ -187,126 +171,108 @@ class S6(torch.autograd.Function):
     @staticmethod
     def blocks(ctx, x, dt, A, B, C, reset):
         """The inputs in the form in which both directions want them."""
-        K, Q, _, _ = ctx.plan
+        K, Q, _ = ctx.plan
         fade = (LOG2_E * dt).masked_fill_(reset[..., None], HUGE)  # here a reset is an endless step
         return (in_blocks(dt, K, Q), in_blocks(fade, K, Q), in_blocks(finite(dt * x), K, Q),
                 A.t().contiguous(), in_blocks(B, K, Q), in_blocks(C, K, Q))
 
     @staticmethod
-    @without_autocast
-    def forward(ctx, x, dt, A, B, C, D, state, reset, every):
+    def steps(wide, narrow):
+        """Tensors (R, Q, W) and (R, Q, N), step by step, as views that broadcast with a state."""
+        return (*(tensor[:, :, None].unbind(1) for tensor in wide),
+                *(tensor[..., None].unbind(1) for tensor in narrow))
+
+    def forward(ctx, x, dt, B, C, A, D, state, reset, lost, every):
         (batch, length, W), N = x.shape, A.shape[1]
-        ctx.plan = K, Q, keep, tiles = s6_plan(batch, length, W, N, x.device, every)
-        ctx.every = every
+        dt, B, C = (tensor.masked_fill(lost[..., None], 0.0) for tensor in (dt, B, C))
+        ctx.plan, ctx.every = s6_plan(length, x.device, every), every
+        K, Q, keep = ctx.plan
         _, fade, write, A_t, B_k, C_k = S6.blocks(ctx, x, dt, A, B, C, reset)
+        fade_t, write_t, B_t = S6.steps((fade, write), (B_k,))
         kept = x.new_empty(-(-Q // keep), batch * K, N, W)
         starts = kept[0].view(batch, K, N, W)
         finite(state.transpose(1, 2), out=starts[:, 0])
-        ends = x.new_empty(batch * K, N, W)
+        h = x.new_zeros(keep + 1, batch * K, N, W)
+        decay = torch.empty_like(h[0])
         if K > 1:
-            for rows, channels in tiles:  # 1. the last state of every block, from zero
-                h = torch.zeros_like(ends[rows, :, channels])
-                decay, A_tile = torch.empty_like(h), A_t[:, channels]
-                for fade_t, write_t, B_t in zip(*steps_of(rows, channels, (fade, write), (B_k,))):
-                    torch.mul(fade_t, A_tile, out=decay).exp2_()
-                    h.mul_(decay).addcmul_(write_t, B_t)
-                ends[rows, :, channels] = h
+            for t in range(Q):  # 1. the last state of every block, from zero
+                torch.mul(fade_t[t], A_t, out=decay).exp2_()
+                h[0].mul_(decay).addcmul_(write_t[t], B_t[t])
             through = (fade.sum(1)[:, None] * A_t).exp2_().view_as(starts)
-            ends_k = ends.view_as(starts)
+            ends = h[0].view_as(starts)
             for k in range(K - 1):  # 2. the first state of every block
-                torch.addcmul(ends_k[:, k], through[:, k], starts[:, k], out=starts[:, k + 1])
+                torch.addcmul(ends[:, k], through[:, k], starts[:, k], out=starts[:, k + 1])
         y = x.new_empty(batch * K, Q, W)
-        for rows, channels in tiles:  # 3. all states, a few at a time, and the outputs
-            h = x.new_empty(keep + 1, *ends[rows, :, channels].shape)
-            decay = torch.empty_like(h[0])
-            A_tile = A_t[:, channels]
-            fade_tile, write_tile, B_tile = steps_of(rows, channels, (fade, write), (B_k,))
-            for first in range(0, Q, keep):
-                q = min(keep, Q - first)
-                if first:
-                    kept[first // keep, rows, :, channels] = h[keep]
-                h[0].copy_(kept[first // keep, rows, :, channels])
-                for t, before, after in zip(range(first, Q), h.unbind(), h[1:].unbind()):
-                    torch.mul(fade_tile[t], A_tile, out=decay).exp2_()
-                    torch.mul(before, decay, out=after).addcmul_(write_tile[t], B_tile[t])
-                part = rows, slice(first, first + q)
-                y[(*part, channels)] = contract(C_k[part][:, :, None], h[1:q + 1])[:, :, 0]
-            ends[rows, :, channels] = h[q]
+        h[0] = kept[0]
+        for first in range(0, Q, keep):  # 3. all states, a few at a time, and the outputs
+            q = min(keep, Q - first)
+            if first:
+                kept[first // keep] = h[0] = h[keep]
+            for t, before, after in zip(range(first, Q), h, h[1:]):
+                torch.mul(fade_t[t], A_t, out=decay).exp2_()
+                torch.mul(before, decay, out=after).addcmul_(write_t[t], B_t[t])
+            part = slice(first, first + q)
+            y[:, part] = contract(C_k[:, part, None], h[1:q + 1])[:, :, 0]
         ctx.save_for_backward(x, dt, A, B, C, D, reset, kept)
         y = y.view(batch, K * Q, W)[:, :length].addcmul(x, D)
-        states = ends.view(batch, K, N, W)[:, 0 if every else -1:]
-        return y, states.transpose(2, 3).contiguous()
+        y.masked_fill_(lost[..., None], math.nan)
+        states = h[q].view_as(starts)[:, 0 if every else -1:].transpose(2, 3)
+        piece = every or length
+        return y, states.masked_fill(lost[:, piece - 1::piece, None, None], math.nan)
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast
     def backward(ctx, gy, gstates):
         x, dt, A, B, C, D, reset, kept = ctx.saved_tensors
-        (batch, length, W), N = x.shape, A.shape[1]
-        K, Q, keep, tiles = ctx.plan
+        (batch, length, W), (K, Q, keep) = x.shape, ctx.plan
         dt_k, fade, write, A_t, B_k, C_k = S6.blocks(ctx, x, dt, A, B, C, reset)
         lost = 0 * (gy.sum() + gstates.sum())  # NaN if a gradient is no number: gD shows it
-        gy, gstates = finite(gy), finite(gstates)
-        gy_k = in_blocks(gy, K, Q)
-        gends = x.new_empty(batch * K, N, W)  # of the last state of a block; later of the first
-        gends_k = gends.view(batch, K, N, W)
-        gends_k[:, -1] = gstates[:, -1].transpose(1, 2)
+        gy, gstates = finite(gy), finite(gstates).transpose(2, 3)
+        gy_k, gwrite, gdt = in_blocks(gy, K, Q), torch.empty_like(write), torch.empty_like(write)
+        fade_t, gy_t, write_t, dt_t, gdt_t, B_t, C_t = S6.steps((fade, gy_k, write, dt_k, gdt),
+                                                                (B_k, C_k))
+        gends = torch.empty_like(kept[0])  # of the last state of a block; later of the first
+        gends_k = gends.view(batch, K, *kept.shape[2:])
+        gends_k[:, -1] = gstates[:, -1]
+        h, decay, gh = (gends.new_zeros(count, *gends.shape) for count in (keep + 1, keep, keep))
         if K > 1:
-            gstarts = torch.empty_like(gends)
-            for rows, channels in tiles:  # 1. what each block alone passes back to its first state
-                g = torch.zeros_like(gends[rows, :, channels])
-                decay, A_tile = torch.empty_like(g), A_t[:, channels]
-                steps = list(zip(*steps_of(rows, channels, (fade, gy_k), (C_k,))))
-                for fade_t, gy_t, C_t in reversed(steps):
-                    torch.mul(fade_t, A_tile, out=decay).exp2_()
-                    g.addcmul_(gy_t, C_t).mul_(decay)
-                gstarts[rows, :, channels] = g
+            for t in reversed(range(Q)):  # 1. what each block alone passes back to its first state
+                torch.mul(fade_t[t], A_t, out=decay[0]).exp2_()
+                gh[0].addcmul_(gy_t[t], C_t[t]).mul_(decay[0])
             through = (fade.sum(1)[:, None] * A_t).exp2_().view_as(gends_k)
-            gstarts = gstarts.view_as(gends_k)
+            gstarts = gh[0].view_as(gends_k)
             for k in range(K - 1, 0, -1):  # 2. the gradient of the last state of every block
                 torch.addcmul(gstarts[:, k], through[:, k], gends_k[:, k], out=gends_k[:, k - 1])
                 if ctx.every:
-                    gends_k[:, k - 1] += gstates[:, k - 1].transpose(1, 2)
-        gwrite, gdt = torch.empty_like(write), torch.empty_like(write)
-        gA, gB, gC = torch.zeros_like(A_t), torch.zeros_like(B_k), torch.zeros_like(C_k)
-        for rows, channels in tiles:  # 3. a few states at a time, forwards, then their gradients
-            g = gends[rows, :, channels].contiguous()
-            h, decay, gh = (g.new_empty(count, *g.shape) for count in (keep + 1, keep, keep))
-            A_tile, gA_tile = A_t[:, channels], torch.zeros_like(g)
-            dt_tile, fade_tile, write_tile, gy_tile, gdt_tile, B_tile, C_tile = steps_of(
-                rows, channels, (dt_k, fade, write, gy_k, gdt), (B_k, C_k))
-            for first in range((Q - 1) // keep * keep, -1, -keep):
-                q = min(keep, Q - first)
-                h[0].copy_(kept[first // keep, rows, :, channels])
-                for i in range(q):
-                    t = first + i
-                    torch.mul(fade_tile[t], A_tile, out=decay[i]).exp2_()
-                    torch.mul(h[i], decay[i], out=h[i + 1]).addcmul_(write_tile[t], B_tile[t])
-                for i in reversed(range(q)):
-                    t = first + i
-                    torch.addcmul(g, gy_tile[t], C_tile[t], out=gh[i])
-                    torch.mul(gh[i], decay[i], out=g)
-                    gfade = torch.mul(g, h[i], out=decay[i])  # of the exponent dt A
-                    gA_tile.addcmul_(gfade, dt_tile[t])
-                    torch.sum(gfade.mul_(A_tile), 1, keepdim=True, out=gdt_tile[t])
-                part = rows, slice(first, first + q)
-                w_part, gy_part = write[(*part, channels)], gy_k[(*part, channels)]
-                gwrite[(*part, channels)] = contract(B_k[part][:, :, None], gh[:q])[:, :, 0]
-                gB[part] += contract(w_part[:, :, None], gh[:q].mT)[:, :, 0]
-                gC[part] += contract(gy_part[:, :, None], h[1:q + 1].mT)[:, :, 0]
-            gA[:, channels] += gA_tile.sum(0)
-            gends[rows, :, channels] = g
-        gwrite, gdt, gB, gC = (g.view(batch, K * Q, -1)[:, :length] for g in (gwrite, gdt, gB, gC))
+                    gends_k[:, k - 1] += gstates[:, k - 1]
+        g, gA, gB, gC = gends, torch.zeros_like(gends), torch.empty_like(B_k), torch.empty_like(C_k)
+        for first in range((Q - 1) // keep * keep, -1, -keep):
+            q = min(keep, Q - first)  # 3. a few states at a time, forwards, then their gradients
+            h[0] = kept[first // keep]
+            for i, t in enumerate(range(first, first + q)):
+                torch.mul(fade_t[t], A_t, out=decay[i]).exp2_()
+                torch.mul(h[i], decay[i], out=h[i + 1]).addcmul_(write_t[t], B_t[t])
+            for i in reversed(range(q)):
+                t = first + i
+                torch.addcmul(g, gy_t[t], C_t[t], out=gh[i])
+                torch.mul(gh[i], decay[i], out=g)
+                gfade = torch.mul(g, h[i], out=decay[i])  # of the exponent dt A
+                gA.addcmul_(gfade, dt_t[t])
+                torch.sum(gfade.mul_(A_t), 1, keepdim=True, out=gdt_t[t])
+            part = slice(first, first + q)
+            gwrite[:, part] = contract(B_k[:, part, None], gh[:q])[:, :, 0]
+            gB[:, part] = contract(write[:, part, None], gh[:q].mT)[:, :, 0]
+            gC[:, part] = contract(gy_k[:, part, None], h[1:q + 1].mT)[:, :, 0]
+        gwrite, gdt, gB, gC = (g_k.view(batch, K * Q, -1)[:, :length]
+                               for g_k in (gwrite, gdt, gB, gC))
         gx, gdt = torch.addcmul(gy * D, gwrite, dt), torch.addcmul(gdt, gwrite, x)
         gD = (gy * finite(x)).sum((0, 1)) + lost
-        return gx, gdt, gA.t(), gB, gC, gD, gends_k[:, 0].transpose(1, 2), None, None
+        return gx, gdt, gB, gC, gA.sum(0).t(), gD, gends_k[:, 0].transpose(1, 2), None, None, None
 
 
 # ---- Mamba-2's scan (SSD) ------------------------------------------------------------------------
 
 
 @without_autocast
-def ssd_step(x, dt, A, B, C, D, h, reset=None):
+def ssd_step(x, dt, A, B, C, D, h, reset=None, every=None):
     """x (B, H, P); dt (B, H); A, D (H); B, C (B, N); h (B, H, P, N); reset (B) -> y (B, H, P), h"""
     if reset is not None:
         h = torch.where(reset[:, None, None, None], 0, h)
@@ -316,19 +282,21 @@ def ssd_step(x, dt, A, B, C, D, h, reset=None):
     return torch.addcmul(read, D[:, None], x), h
 
 
-def ssd_sequential(x, dt, A, B, C, D, state=None, reset=None):
-    """x (B, L, H, P); dt (B, L, H); A, D (H); B, C (B, L, N); state (B, H, P, N) -> y, state"""
-    return every_step(ssd_step, x, dt, A, B, C, D, state, reset)
+ssd_sequential = functools.partial(every_step, ssd_step)
 
 
 def ssd(x, dt, A, B, C, D, state=None, reset=None, every=None):
     """The same in parallel. One decay for a whole head makes a block of Q steps a matrix product.
 
+    x (B, L, H, P); dt (B, L, H); A, D (H); B, C (B, L, N); state (B, H, P, N); `every` as in s6.
+
     Its Q inputs and the state before it, which acts like N more, times one (Q + N, Q) matrix are
     the outputs. Between blocks only states pass. The backward pass is the same with every matrix
-    transposed; kept for it are inputs and first states, not the matrices. `every` as in s6.
+    transposed; kept for it are inputs and first states, not the matrices.
     """
-    return in_parallel(SSD, x, dt, A, B, C, D, state, reset, every)
+    x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
+    own, B, C = D + dt * (B * C).sum(-1, keepdim=True), B[:, :, None], C[:, :, None]
+    return in_parallel(SSD, x, dt, B, C, dt * A, own, state=state, reset=reset, every=every)
 
 
 def ssd_plan(length, device, every=None):
@@ -338,40 +306,54 @@ def ssd_plan(length, device, every=None):
     return K, -(-length // K)
 
 
-def ssd_decays(dt, A, reset):
-    """How much is left at the end of step j (columns) of the state before the block (row 0) and of
-    what step i wrote (row 1 + i). dt (K, B, H, Q), reset (K, B, 1, Q) -> (K, B, H, 1 + Q, Q), views
+@functools.cache
+def ssd_spans(Q, device, dtype):
+    """Which rates a decay of `ssd_decays` spans, (Q, (1 + Q) Q) of 0 and 1, and what it has beside
+    them: -HUGE where step j comes before step i, for a decay of 0."""
+    step, row = torch.arange(Q, device=device), torch.arange(1 + Q, device=device)[:, None]
+    spans = (step[:, None, None] >= row) & (step[:, None, None] <= step)  # (Q, 1 + Q, Q)
+    beside = torch.where(step < row - 1, -HUGE, 0.0)
+    return spans.flatten(1).to(dtype), beside.flatten().to(dtype)
 
-    Exponents dt A are summed, for a product of numbers near 1 rounds at each of them; and each sum
-    is its own. From differences of running sums one dt A of -1e4 would take all digits below 1e-3.
+
+def ssd_decays(rate, reset):
+    """How much is left at the end of step j (columns) of the state before the block (row 0) and of
+    what step i wrote (row 1 + i). rate (K, B, H, Q), reset (K, B, 1, Q) -> (K, B, H, 1 + Q, Q),
+    views
+
+    Exponents are summed, for a product of numbers near 1 rounds at each of them; and each sum is
+    its own. From differences of running sums one rate of -1e4 would take all digits below 1e-3.
     """
-    rates = (dt * (A * LOG2_E)[:, None]).masked_fill_(reset, -HUGE)  # (K, B, H, Q)
-    ones = dt.new_ones(1 + dt.shape[-1], dt.shape[-1])
-    decays = (rates[..., None, :] * ones.triu()).cumsum(-1).exp2_().mul_(ones.triu(-1))
+    rate, Q = (LOG2_E * rate).masked_fill_(reset, -HUGE), rate.shape[-1]  # (K, B, H, Q)
+    spans, beside = ssd_spans(Q, rate.device, rate.dtype)
+    decays = torch.addmm(beside, rate.flatten(0, 2), spans).exp2_().view(*rate.shape[:3], 1 + Q, Q)
     enter, leave = decays[..., 0, :].clone(), decays[..., 1:, -1].clone()  # (K, B, H, Q)
     return decays, enter, leave, enter[..., -1:, None]
 
 
+@differentiated_by_hand
 class SSD(torch.autograd.Function):
-    """Inside, tensors are (K, B, H, Q, ...): every product is one batch over blocks and heads.
+    """With a rate for each step, B and C (B, L, G, N) for each head or, G = 1, for all, and what a
+    step reads of itself, own (B, L, H):
 
-    A block takes the state from `first` to `last`. Of `first`, `enter` is left at step j and
-    `through` at the end; of what step i wrote, `between` is left at j >= i and `leave` at the end:
+        h_t = exp(rate_t) h_{t-1} + dt_t x_t B_t^T    y_t = exp(rate_t) h_{t-1} C_t + own_t x_t
 
-        weights_ij = between_ij dt_i scores_ij, + D if i = j              scores_ij = B_i . C_j
+    Inside, tensors are (K, B, H, Q, ...): every product is one batch over blocks and heads. A block
+    takes the state from `first` to `last`. Of `first`, `enter` is left at step j and `through` at
+    the end; of what step i wrote, `between` is left at j > i and `leave` at the end:
+
+        weights_ij = between_ij dt_i scores_ij, and own_i if i = j        scores_ij = B_i . C_j
         y_j = sum_i weights_ij x_i + first read_j                         read_j = enter_j C_j
         last = through first + sum_i x_i write_i^T                        write_i = leave_i dt_i B_i
 
     Backwards each product is transposed (gadded is what y hands to gfirst), and of its factors
 
         gweights_ij = x_i . gy_j      gread_j = gy_j first                gwrite_i = x_i glast
-        gscores_ij = sum_h between_ij dt_i gweights_ij                    gD = sum_i gweights_ii
+        gscores_ij = sum_h between_ij dt_i gweights_ij                    gown_i = gweights_ii
 
-    A decay is exp of a sum of rates dt A; the gradient of the sum is the decay times its gradient:
-    between_ij scores_ij gweights_ij and leave_i B_i . gwrite_i, both times dt_i, enter_j C_j .
-    gread_j and through first . glast. All from i, without this factor, add up to gfrom_i, its own
-    gradient; all that lead over step k, from i < k to j >= k, with it, to grate_k, of the rate; so
-    that gdt_k = gfrom_k + A grate_k and gA = sum_k dt_k grate_k.
+    The gradient of a decay's exponent is the decay times its own: between_ij scores_ij gweights_ij
+    and leave_i B_i . gwrite_i, both times dt_i; enter_j C_j . gread_j; through first . glast. All
+    from i, without dt_i, add up to gdt_i; all over step k, from i < k to j >= k, to grate_k.
     """
 
     @staticmethod
@@ -381,58 +363,59 @@ class SSD(torch.autograd.Function):
 
     @staticmethod
     def join(tensor, length):
-        """(K, B, Q, ...) -> (B, L, ...)"""
-        return tensor.transpose(0, 1).flatten(1, 2)[:, :length]
+        """(K, B, H, Q, ...) -> (B, L, H, ...)"""
+        return tensor.movedim((0, 2), (1, 3)).flatten(1, 2)[:, :length]
 
-    @staticmethod
-    @without_autocast
-    def forward(ctx, x, dt, A, B, C, D, state, reset, every):
+    def forward(ctx, x, dt, B, C, rate, own, state, reset, lost, every):
         (batch, length, H, P), N = x.shape, B.shape[-1]
         K, Q = ssd_plan(length, x.device, every)
-        dt = SSD.split(dt, K, Q).transpose(2, 3).contiguous()  # (K, B, H, Q)
-        B, C = SSD.split(B, K, Q).contiguous(), SSD.split(C, K, Q).contiguous()  # (K, B, Q, N)
-        reset = SSD.split(reset[..., None], K, Q).transpose(2, 3)  # (K, B, 1, Q)
-        decays, enter, leave, through = ssd_decays(dt, A, reset)
+        piece, lost = every or length, lost[..., None]  # (B, L, 1)
+        own = own.masked_fill(lost, math.nan)
+        dt, rate = (part.masked_fill(lost, 0.0) for part in (dt, rate))
+        B, C = (part.masked_fill(lost[..., None], 0.0) for part in (B, C))
+        dt, B, C, rate, own, reset = (  # (K, B, H or 1, Q), but B, C (K, B, G, Q, N)
+            SSD.split(tensor, K, Q).transpose(2, 3).contiguous()
+            for tensor in (dt, B, C, rate, own, reset[..., None]))
+        decays, enter, leave, through = ssd_decays(rate, reset)
         # 1. The inputs of each block and, below them, the state in which it starts: (Q + N, P).
         inputs = x.new_empty(K + 1, batch, H, Q + N, P)
         finite(SSD.split(x, K, Q).transpose(2, 3), out=inputs[:K, ..., :Q, :])
         finite(state.transpose(2, 3), out=inputs[0, ..., Q:, :])
         # 2. What each block alone adds to the state, and the chain of states.
-        write = B[:, :, None] * (leave * dt)[..., None]  # (K, B, H, Q, N)
-        added = write.transpose(3, 4) @ inputs[:K, ..., :Q, :]  # (K, B, H, N, P)
+        write = B * (leave * dt)[..., None]  # (K, B, H, Q, N)
+        added = write.mT @ inputs[:K, ..., :Q, :]  # (K, B, H, N, P)
         firsts = inputs[..., Q:, :].unbind()
         for plus, decay, first, after in zip(added.unbind(), through.unbind(), firsts, firsts[1:]):
             torch.addcmul(plus, decay, first, out=after)
-        # 3. The outputs. D joins the diagonal, where a step meets itself.
+        # 3. The outputs.
         weights = x.new_empty(K, batch, H, Q + N, Q)
-        scores = (B @ C.transpose(2, 3))[:, :, None]  # (K, B, 1, Q, Q)
         between = decays[..., 1:, :].mul_(dt[..., None])  # (K, B, H, Q, Q)
-        inside = torch.mul(between, scores, out=weights[..., :Q, :])
-        inside.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-        torch.mul(C.transpose(2, 3)[:, :, None], enter[..., None, :], out=weights[..., Q:, :])
-        y = weights.transpose(3, 4) @ inputs[:K]  # (K, B, H, Q, P)
-        ctx.save_for_backward(dt, A, B, C, D, reset, inputs)
+        inside = torch.mul(between, B @ C.mT, out=weights[..., :Q, :])
+        inside.diagonal(dim1=-2, dim2=-1).copy_(own)
+        torch.mul(C.mT, enter[..., None, :], out=weights[..., Q:, :])
+        y = weights.mT @ inputs[:K]  # (K, B, H, Q, P)
+        ctx.save_for_backward(dt, B, C, rate, own, reset, inputs)
         ctx.length, ctx.every = length, every
         states = inputs[1 if every else K:, ..., Q:, :].transpose(0, 1)  # (B, K or 1, H, N, P)
-        return SSD.join(y.transpose(2, 3), length).contiguous(), states.contiguous().mT
+        states = states.masked_fill(lost[:, piece - 1::piece, ..., None, None], math.nan)
+        return SSD.join(y, length).contiguous(), states.mT
 
-    @staticmethod
-    @once_differentiable
-    @without_autocast
     def backward(ctx, gy, gstates):
-        dt, A, B, C, D, reset, inputs = ctx.saved_tensors
+        dt, B, C, rate, own, reset, inputs = ctx.saved_tensors
         (K, batch, H, Q), N, P = dt.shape, B.shape[-1], inputs.shape[-1]
-        inputs = inputs[:K]
-        lost, gstates = 0 * (gy.sum() + gstates.sum()), finite(gstates)
-        decays, enter, leave, through = ssd_decays(dt, A, reset)
+        inputs, piece = inputs[:K], ctx.every or ctx.length
+        lost = 0 * gy.sum((2, 3))  # (B, L), NaN where a gradient is no number: gown shows it
+        lost[:, piece - 1::piece] += 0 * gstates.sum((2, 3, 4))
+        gstates = finite(gstates)
+        decays, enter, leave, through = ssd_decays(rate, reset)
         between = decays[..., 1:, :]
         # 1. The gradients of a block's outputs and, below them, of the state that it hands on.
         gouts = gy.new_empty(K, batch, H, Q + N, P)
         finite(SSD.split(gy, K, Q).transpose(2, 3), out=gouts[..., :Q, :])
         gouts[-1, ..., Q:, :] = gstates[:, -1].transpose(2, 3)
         # 2. The chain of states, backwards.
-        read = C[:, :, None] * enter[..., None]  # (K, B, H, Q, N)
-        gadded = read.transpose(3, 4) @ gouts[..., :Q, :]  # (K, B, H, N, P)
+        read = C * enter[..., None]  # (K, B, H, Q, N)
+        gadded = read.mT @ gouts[..., :Q, :]  # (K, B, H, N, P)
         gadded_k, through_k, glasts = gadded.unbind(), through.unbind(), gouts[..., Q:, :].unbind()
         for k in range(K - 1, 0, -1):
             torch.addcmul(gadded_k[k], through_k[k], glasts[k], out=glasts[k - 1])
@@ -440,36 +423,41 @@ class SSD(torch.autograd.Function):
                 glasts[k - 1].add_(gstates[:, k - 1].transpose(2, 3))
         gfirst = torch.addcmul(gadded[0], through[0], gouts[0, ..., Q:, :])
         # 3. The gradients of the inputs.
-        scores = (B @ C.transpose(2, 3))[:, :, None]  # (K, B, 1, Q, Q)
+        scores = B @ C.mT  # (K, B, G, Q, Q)
         weights = gy.new_empty(K, batch, H, Q, Q + N)
-        inside = torch.mul(between, scores, out=weights[..., :Q])
-        inside.mul_(dt[..., None]).diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-        torch.mul(B[:, :, None], (leave * dt)[..., None], out=weights[..., Q:])
-        gx = SSD.join((weights @ gouts).transpose(2, 3), ctx.length)  # (B, L, H, P)
+        inside = torch.mul(between, scores, out=weights[..., :Q]).mul_(dt[..., None])
+        inside.diagonal(dim1=-2, dim2=-1).copy_(own)
+        torch.mul(B, (leave * dt)[..., None], out=weights[..., Q:])
+        gx = weights @ gouts  # (K, B, H, Q, P)
         # 4. The gradients of the weights.
-        gweights = inputs @ gouts[..., :Q, :].transpose(3, 4)  # (K, B, H, Q + N, Q)
+        gweights = inputs @ gouts[..., :Q, :].mT  # (K, B, H, Q + N, Q)
         gread = gweights[..., Q:, :]  # (K, B, H, N, Q)
-        gwrite = inputs[..., :Q, :] @ gouts[..., Q:, :].transpose(3, 4)  # (K, B, H, Q, N)
-        gD = gweights[..., :Q, :].diagonal(dim1=-2, dim2=-1).sum((0, 1, 3)) + lost
-        gscores = (between.mul_(gweights[..., :Q, :]) * dt[..., None]).sum(2)  # (K, B, Q, Q)
+        gwrite = inputs[..., :Q, :] @ gouts[..., Q:, :].mT  # (K, B, H, Q, N)
+        gown = gweights[..., :Q, :].diagonal(dim1=-2, dim2=-1).clone()  # (K, B, H, Q)
+        between.mul_(gweights[..., :Q, :]).diagonal(dim1=-2, dim2=-1).zero_()
+        gscores = (between * dt[..., None]).sum_to_size(scores.shape)
         # 5. The gradients of the exponents, each where its decay was.
         between.mul_(scores)
-        decays[..., 0, :] *= (gread * C.transpose(2, 3)[:, :, None]).sum(3)
-        decays[..., 1:, -1] += (gwrite * B[:, :, None]).sum(4) * leave
+        decays[..., 0, :] *= (gread * C.mT).sum(3)
+        decays[..., 1:, -1] += (gwrite * B).sum(4) * leave
         decays[..., 0, -1] += (gouts[..., Q:, :] * inputs[..., Q:, :]).sum((3, 4)) * enter[..., -1]
-        gfrom = between.sum(-1)  # (K, B, H, Q)
+        gdt = between.sum(-1)  # (K, B, H, Q)
         between.mul_(dt[..., None])
-        over = decays.cumsum(-2)[..., :Q, :]  # (K, B, H, Q, Q), from before k to j
-        grate = over.mul_(dt.new_ones(Q, Q).triu()).sum(-1)  # (K, B, H, Q)
-        gdt = torch.addcmul(gfrom, grate, A[:, None])
-        gA = (grate * dt).sum((0, 1, 3))
-        gB = gscores @ C + (gwrite * (leave * dt)[..., None]).sum(2)
-        gC = gscores.transpose(2, 3) @ B + (gread * enter[..., None, :]).sum(2).transpose(2, 3)
-        gdt, gB, gC = (SSD.join(g, ctx.length) for g in (gdt.transpose(2, 3), gB, gC))
-        return gx, gdt, gA, gB, gC, gD, gfirst.transpose(2, 3), None, None
+        grate = decays.flatten(3) @ ssd_spans(Q, gy.device, gy.dtype)[0].mT  # (K, B, H, Q)
+        gB = gscores @ C + (gwrite * (leave * dt)[..., None]).sum_to_size(B.shape)
+        gC = gscores.mT @ B + (gread.mT * enter[..., None]).sum_to_size(C.shape)
+        gx, gdt, gB, gC, grate, gown = (SSD.join(g, ctx.length)
+                                        for g in (gx, gdt, gB, gC, grate, gown))
+        return gx, gdt, gB, gC, grate, gown + lost[..., None], gfirst.mT, None, None, None
 
 
 # ---- The layers ----------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a layer carries from step to step. It is returned, never changed in place."""
+    recent: Tensor  # of the last steps, as they were
+    memory: Tensor  # of all steps, as the layer makes it
 
 
 class RMSNorm(nn.RMSNorm):
@@ -482,10 +470,53 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-class State(NamedTuple):
-    """What a layer carries from step to step. It is returned, never changed in place."""
-    conv: Tensor  # (B, channels, d_conv - 1), the last inputs of the convolution
-    scan: Tensor  # Mamba (B, W, N), Mamba2 (B, H, P, N)
+@differentiated_by_hand
+class GatedNorm(torch.autograd.Function):
+    """RMSNorm of y silu(gate): weight x, where x = r y silu(gate) and r = 1 / root mean square."""
+
+    def forward(ctx, y, gate, weight, eps):
+        x = F.silu(gate.to(y.dtype)).mul_(y)
+        r = (torch.linalg.vector_norm(x, 2, -1, True).square() / len(weight) + eps).rsqrt()
+        ctx.save_for_backward(y, gate, weight, r)
+        return x.mul_(r).mul_(weight)
+
+    def backward(ctx, g):
+        y, gate, weight, r = ctx.saved_tensors
+        gate_y = gate.to(y.dtype)
+        silu = F.silu(gate_y)
+        x = (silu * y).mul_(r)
+        gx = g * x
+        gweight, mean = gx.flatten(0, -2).sum(0), (gx @ weight)[..., None] / len(weight)
+        gx = torch.mul(g, weight, out=gx).addcmul_(x, mean, value=-1).mul_(r)  # of y silu(gate)
+        gy = silu.mul_(gx)
+        ggate = torch.ops.aten.silu_backward(gx.mul_(y), gate_y)
+        return gy, ggate.to(gate.dtype), gweight, None
+
+
+@differentiated_by_hand
+class Taps(torch.autograd.Function):
+    """bias + sum_i weight_i seen_{t + i} at steps t; for each i but the last, now, `visible` is 1
+    where it counts, else 0 (B, L, 1). seen (B, d_conv - 1 + L, channels), weight (d_conv, channels)
+    """
+
+    def forward(ctx, seen, weight, bias, *visible):
+        length = seen.shape[1] - len(weight) + 1
+        y = torch.addcmul(bias, seen[:, -length:], weight[-1])
+        seen = finite(seen) if visible else seen  # or a NaN would show behind a reset
+        for tap in range(len(weight) - 1):
+            part = seen[:, tap:tap + length]
+            y.addcmul_(part * visible[tap] if visible else part, weight[tap])
+        ctx.save_for_backward(seen, weight, *visible)
+        return y
+
+    def backward(ctx, gy):
+        seen, weight, *visible = ctx.saved_tensors
+        gseen, gweight, length = torch.zeros_like(seen), torch.empty_like(weight), gy.shape[1]
+        for tap in range(len(weight)):
+            g = gy * visible[tap] if visible[tap:] else gy
+            torch.sum(g * seen[:, tap:tap + length], (0, 1), out=gweight[tap])
+            gseen[:, tap:tap + length].addcmul_(g, weight[tap])
+        return gseen, gweight, gy.sum((0, 1)), *[None] * len(visible)
 
 
 def causal_conv(x, conv1d, past, reset=None, every=None):
@@ -495,40 +526,65 @@ def causal_conv(x, conv1d, past, reset=None, every=None):
     """
     check_sizes(x, every)
     length, reach = x.shape[1], past.shape[2]
-    piece = every or length
+    piece, visible = every or length, ()
     seen = torch.cat([past.transpose(1, 2), x], 1)  # (B, d_conv - 1 + L, channels)
-    now = seen[:, reach:]
     last = seen[:, piece:].unfold(1, reach, piece)  # (B, L / piece, channels, d_conv - 1)
     if reset is not None:  # two steps see each other if as many resets have come before
         segment = F.pad(reset.int(), (reach, 0)).cumsum(1)[..., None]  # (B, d_conv - 1 + L, 1)
         segments = segment[:, piece:].unfold(1, reach, piece)  # of `last`
         last = torch.where(segments == segments[..., -1:], last, 0)
-    weights = conv1d.weight[:, 0].t().contiguous().unbind()  # d_conv taps (channels)
-    y = torch.addcmul(conv1d.bias, now, weights[reach])
-    for tap in range(reach):
-        earlier = seen[:, tap:tap + length]
-        if reset is not None:
-            earlier = torch.where(segment[:, tap:tap + length] == segment[:, reach:], earlier, 0)
-        y = torch.addcmul(y, earlier, weights[tap])  # (B, L, channels)
+        visible = [(segment[:, tap:tap + length] == segment[:, reach:]).to(seen.dtype)
+                   for tap in range(reach)]
+    y = Taps.apply(seen, conv1d.weight[:, 0].t().contiguous(), conv1d.bias, *visible)
     return F.silu(y), last if every else last[:, 0]
 
 
-def causal_conv_step(x_t, conv1d, past, reset=None):
-    """One step of it. x_t (B, channels), past (B, channels, d_conv - 1)."""
+def causal_conv_step(x_t, conv1d, past, reset=None, every=None):
+    """One step of it. x_t (B, channels)"""
     past = past.transpose(1, 2)  # as it lies in memory
     if reset is not None:
         past = torch.where(reset[:, None, None], 0, past)
-    seen = torch.cat([past, x_t[:, None]], 1)  # (B, d_conv, channels)
-    y = conv1d.bias
+    seen, y = torch.cat([past, x_t[:, None]], 1), conv1d.bias  # (B, d_conv, channels)
     for seen_tap, weight in zip(seen.unbind(1), conv1d.weight[:, 0].t().contiguous().unbind()):
         y = torch.addcmul(y, seen_tap, weight)  # (B, channels)
     return F.silu(y), seen[:, 1:].transpose(1, 2)
+
+
+def whole_sequence(layer, u, state=None, reset=None, every=None):
+    """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state: the forward of a Mamba."""
+    state = layer.initial_state(len(u)) if state is None else state
+    y, state = layer.mix(layer.in_proj(u), state, reset, every)
+    return layer.out_proj(y), state
+
+
+def one_step(layer, u_t, state, reset=None):
+    """u_t (B, d_model), reset (B) -> y_t (B, d_model), state: with its functions for one step, or,
+    if it has none, the forward of a layer."""
+    if hasattr(layer, "by_step"):
+        y_t, state = layer.mix(layer.in_proj(u_t), state, reset, None, *layer.by_step)
+        return layer.out_proj(y_t), state
+    y, state = layer(u_t[:, None], state, None if reset is None else reset[:, None])
+    return y[:, 0], state
 
 
 def initial_step_bias(count):
     """softplus of it is log-uniform in [1e-3, 1e-1]: memories from ten steps to a thousand."""
     dt = torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     return nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+
+
+def out_projection(width, d_model, layers):
+    """Smaller weights the more layers there are: so their sum keeps its size."""
+    linear = nn.Linear(width, d_model, bias=False)
+    linear.weight.data /= math.sqrt(layers)
+    return linear
+
+
+def heads_of(width, head_dim):
+    heads, rest = divmod(width, head_dim)
+    if rest:
+        raise ValueError(f"head_dim {head_dim} does not divide the layer's width {width}")
+    return heads
 
 
 class Mamba(nn.Module):
@@ -549,34 +605,21 @@ class Mamba(nn.Module):
         self.dt_proj.bias = initial_step_bias(width)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(width, 1))  # (W, N)
         self.D = nn.Parameter(torch.ones(width))
-        self.out_proj = nn.Linear(width, d_model, bias=False)
-        with torch.no_grad():  # the sum over the layers keeps its size
-            self.out_proj.weight /= math.sqrt(layers)
+        self.out_proj = out_projection(width, d_model, layers)
 
     def initial_state(self, batch):
-        channels, _, d_conv = self.conv1d.weight.shape
-        zeros = functools.partial(torch.zeros, device=self.D.device)
-        return State(zeros((batch, channels, d_conv - 1)), zeros((batch, *self.A_log.shape)))
+        (channels, _, d_conv), zeros = self.conv1d.weight.shape, self.D.new_zeros
+        return State(zeros(batch, channels, d_conv - 1), zeros(batch, *self.A_log.shape))
 
-    def forward(self, u, state=None, reset=None, every=None):
-        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
-        before = self.initial_state(len(u)) if state is None else state
-        x, gate = self.in_proj(u).chunk(2, -1)  # (B, L, W)
-        x, conv = causal_conv(x, self.conv1d, before.conv, reset, every)  # (B, L, W)
-        y, scan = s6(*self.scan_inputs(x), before.scan, reset, every)  # (B, L, W)
-        return self.out_proj(y * F.silu(gate)), State(conv, scan)
+    forward, step, by_step = whole_sequence, one_step, (causal_conv_step, s6_step)
 
-    def step(self, u_t, state, reset=None):
-        """u_t (B, d_model), reset (B) -> y_t (B, d_model), state"""
-        x, gate = self.in_proj(u_t).chunk(2, -1)  # (B, W)
-        x, conv = causal_conv_step(x, self.conv1d, state.conv, reset)  # (B, W)
-        y, scan = s6_step(*self.scan_inputs(x), state.scan, reset)  # (B, W)
-        return self.out_proj(y * F.silu(gate)), State(conv, scan)
-
-    def scan_inputs(self, x):
+    def mix(self, projected, state, reset, every, conv=causal_conv, scan=s6):
+        x, gate = projected.chunk(2, -1)  # (B, L, W)
+        x, recent = conv(x, self.conv1d, state.recent, reset, every)  # (B, L, W)
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)  # (B, L, W)
-        return x, dt, -self.A_log.exp(), B, C, self.D
+        y, memory = scan(x, dt, -self.A_log.exp(), B, C, self.D, state.memory, reset, every)
+        return y * F.silu(gate), State(recent, memory)
 
 
 class Mamba2(nn.Module):
@@ -589,57 +632,238 @@ class Mamba2(nn.Module):
     def __init__(self, d_model, layers=1, *, d_state=16, d_conv=4, expand=2, head_dim=64):
         super().__init__()
         width = expand * d_model
-        heads, rest = divmod(width, head_dim)
-        if rest:
-            raise ValueError(f"head_dim {head_dim} does not divide the layer's width {width}"
-                             f" (expand {expand} times d_model {d_model})")
+        heads = heads_of(width, head_dim)
         self.head_dim, self.sizes = head_dim, [width, d_state, d_state]  # x B C
-        channels = sum(self.sizes)
-        self.in_proj = nn.Linear(d_model, width + channels + heads, bias=False)  # gate x B C dt
+        channels = width + 2 * d_state
+        self.parts = [width, channels, heads]  # gate, x B C, dt
+        self.in_proj = nn.Linear(d_model, sum(self.parts), bias=False)
         self.conv1d = nn.Conv1d(channels, channels, d_conv, groups=channels)
         self.dt_bias = initial_step_bias(heads)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())  # (H)
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = RMSNorm(width)
-        self.out_proj = nn.Linear(width, d_model, bias=False)
-        with torch.no_grad():  # the sum over the layers keeps its size
-            self.out_proj.weight /= math.sqrt(layers)
+        self.out_proj = out_projection(width, d_model, layers)
 
     def initial_state(self, batch):
-        (channels, _, d_conv), heads, N = self.conv1d.weight.shape, len(self.D), self.sizes[1]
-        zeros = functools.partial(torch.zeros, device=self.D.device)
-        return State(zeros((batch, channels, d_conv - 1)),
-                     zeros((batch, heads, N, self.head_dim)).mT)  # as ssd leaves it in memory
+        (channels, _, d_conv), zeros = self.conv1d.weight.shape, self.D.new_zeros
+        memory = zeros(batch, len(self.D), self.sizes[1], self.head_dim).mT  # as ssd leaves it
+        return State(zeros(batch, channels, d_conv - 1), memory)
 
-    def forward(self, u, state=None, reset=None, every=None):
-        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
-        before = self.initial_state(len(u)) if state is None else state
-        gate, xBC, dt = self.projections(u)  # (B, L, W), (B, L, W + 2 N), (B, L, H)
-        xBC, conv = causal_conv(xBC, self.conv1d, before.conv, reset, every)  # (B, L, W + 2 N)
-        y, scan = ssd(*self.scan_inputs(xBC, dt), before.scan, reset, every)  # (B, L, H, P)
-        return self.out_proj(self.norm(y.flatten(2) * F.silu(gate))), State(conv, scan)
+    forward, step, by_step = whole_sequence, one_step, (causal_conv_step, ssd_step)
+
+    def mix(self, projected, state, reset, every, conv=causal_conv, scan=ssd):
+        gate, xBC, dt = projected.split(self.parts, -1)  # (B, L, W), (B, L, W + 2 N), (B, L, H)
+        xBC, recent = conv(xBC, self.conv1d, state.recent, reset, every)
+        x, B, C = xBC.split(self.sizes, -1)
+        x, dt = x.unflatten(-1, (-1, self.head_dim)), F.softplus(dt + self.dt_bias)
+        y, memory = scan(x, dt, -self.A_log.exp(), B, C, self.D, state.memory, reset, every)
+        y = GatedNorm.apply(y.flatten(-2), gate, self.norm.weight, self.norm.eps)  # (B, L, W)
+        return y, State(recent, memory)
+
+
+def rotate(x, angle, dim=-1):
+    """Turn pairs (a, b), which lie along `dim` of x, by angles (..., n)."""
+    (a, b), cos, sin = x.unbind(dim), angle.cos(), angle.sin()
+    return torch.stack([torch.addcmul(a * cos, b, -sin), torch.addcmul(a * sin, b, cos)], dim)
+
+
+class Mamba3(nn.Module):
+    """SSD by a trapezoidal rule, with B and C that turn, and without a convolution:
+
+        h_t = a_t (h_{t-1} + (1 - s_t) dt_t x_{t-1} B_{t-1}^T) + s_t dt_t x_t B_t^T
+
+    a_t = exp(dt_t A_t), and rates A and shares s come from the sequence, too. B and C, normalised
+    and biased head by head, are turned by the sum of all dt_s angle_s up to t. Differences of these
+    sums alone matter: the memory is kept as seen from its last step. One scan does: it writes with
+    s_t dt_t and, of the same input, what step t + 1 will add, before t + 1 fades it. Raises
+    ValueError if head_dim does not divide the width.
+
+    Source: arXiv 2603.15569, single input and output; parameters as in their implementation.
+    """
+
+    def __init__(self, d_model, layers=1, *, d_state=16, expand=2, head_dim=64):
+        super().__init__()
+        width = expand * d_model
+        heads, angles = heads_of(width, head_dim), d_state // 4  # half of the state turns, in pairs
+        self.head_dim, self.sizes = head_dim, [width, width, *[d_state] * 2, *[heads] * 3, angles]
+        self.in_proj = nn.Linear(d_model, sum(self.sizes), bias=False)  # gate x B C dt A s angle
+        self.dt_bias = initial_step_bias(heads)
+        self.B_norm, self.C_norm = RMSNorm(d_state), RMSNorm(d_state)
+        self.B_bias, self.C_bias = (nn.Parameter(torch.ones(heads, 1, d_state)) for _ in range(2))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.out_proj = out_projection(width, d_model, layers)
+
+    def initial_state(self, batch):
+        (_, width, N, *_), zeros = self.sizes, self.D.new_zeros  # recent: the last x and B
+        return State(zeros(batch, width + N), zeros(batch, len(self.D), N, self.head_dim).mT)
+
+    forward = whole_sequence
+
+    def mix(self, projected, state, reset, every):
+        check_sizes(projected, every)
+        gate, x, key, B, C, now, later, rate, turn = self.scan_inputs(projected)
+        last = slice((every or x.shape[1]) - 1, None, every or x.shape[1])  # of every piece
+        (before, memory), recent = state, torch.cat([x.flatten(2)[:, last], key[:, last]], -1)
+        own, angle = self.D + now * (B * C).sum(-1), finite(turn).cumsum(1)
+        B, C = self.turned(B, angle), self.turned(C, angle)
+        if reset is not None:
+            before = torch.where(reset[:, :1], 0, before)
+        memory = memory + outer(later[:, 0], *self.by_head(*before.split(self.sizes[1:3], -1)))
+        later = finite(F.pad(later[:, 1:], (0, 0, 0, 1)))  # the next step's, beside its input
+        y, memory = in_parallel(SSD, x, now + later, B, C, rate, own, state=memory, reset=reset,
+                                every=every)
+        memory = memory if every else memory[:, None]  # (B, pieces, H, P, N)
+        memory = memory - outer(later[:, last], x[:, last], B[:, last])
+        memory = self.turned(memory, -angle[:, last, :, None])
+        after = State(recent, memory) if every else State(recent[:, 0], memory[:, 0])
+        return y.flatten(2) * F.silu(gate), after
 
     def step(self, u_t, state, reset=None):
         """u_t (B, d_model), reset (B) -> y_t (B, d_model), state"""
-        gate, xBC, dt = self.projections(u_t)  # (B, W), (B, W + 2 N), (B, H)
-        xBC, conv = causal_conv_step(xBC, self.conv1d, state.conv, reset)  # (B, W + 2 N)
-        y, scan = ssd_step(*self.scan_inputs(xBC, dt), state.scan, reset)  # (B, H, P)
-        return self.out_proj(self.norm(y.flatten(1) * F.silu(gate))), State(conv, scan)
+        gate, x, key, B, C, now, later, rate, turn = self.scan_inputs(self.in_proj(u_t))
+        before = self.by_head(*state.recent.split(self.sizes[1:3], -1))
+        h = state.memory + outer(later, *before)  # (B, H, P, N)
+        if reset is not None:
+            h = torch.where(reset[:, None, None, None], 0, h)
+        h = self.turned(rate.exp()[..., None, None] * h, -turn[:, :, None]) + outer(now, x, B)
+        y = torch.addcmul((h @ C[..., None])[..., 0], self.D[:, None], x)  # (B, H, P)
+        state = State(torch.cat([x.flatten(1), key], -1), h)
+        return self.out_proj(y.flatten(1) * F.silu(gate)), state
 
-    def projections(self, u):
-        width, heads = self.sizes[0], len(self.D)
-        return self.in_proj(u).split([width, sum(self.sizes), heads], -1)
+    def scan_inputs(self, projected):
+        """-> gate (B, L, W), x (B, L, H, P), key (B, L, N), B, C (B, L, H, N), what a step writes,
+        of its own input and of that before, and its rate (B, L, H), and its turn (B, L, H, n)"""
+        gate, x, *rest = projected.split(self.sizes, -1)
+        x, B, C, dt, A, share, angle = at_least_float32(x, *rest)
+        dt, share, key = F.softplus(dt + self.dt_bias), share.sigmoid(), self.B_norm(B)
+        A = -(A.clamp(min=0) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # smooth, and below 0
+        C = self.C_norm(C)[..., None, :] + self.C_bias[:, 0]
+        turn = dt[..., None] * (math.pi * angle.tanh())[..., None, :]
+        x, B = self.by_head(x, key)
+        return gate, x, key, B, C, share * dt, (1 - share) * dt, dt * A, turn
 
-    def scan_inputs(self, xBC, dt):
-        x, B, C = xBC.split(self.sizes, -1)
-        x = x.unflatten(-1, (-1, self.head_dim))  # (B, L, H, P)
-        return x, F.softplus(dt + self.dt_bias), -self.A_log.exp(), B, C, self.D
+    def turned(self, B, angle):
+        """The first n pairs of neighbours in B (..., N) by angles (..., n)."""
+        pairs, rest = B.tensor_split([2 * angle.shape[-1]], -1)
+        return torch.cat([rotate(pairs.unflatten(-1, (-1, 2)), angle).flatten(-2), rest], -1)
+
+    def by_head(self, x, key):
+        return x.unflatten(-1, (-1, self.head_dim)), key[..., None, :] + self.B_bias[:, 0]
 
 
-# One of yours: Layer(d_model, layers, d_state=...) with the same three methods. forward takes whole
-# sequences, a State or None, resets and `every` (then it returns the State after each piece), step
-# one step; a State is two tensors (B, ...), returned and never changed in place.
-BACKBONES = {"mamba": Mamba, "mamba2": Mamba2}
+def outer(amount, x, B):
+    """(..., H), (..., H, P), (..., H, N) -> (..., H, P, N)"""
+    return (amount[..., None] * x)[..., None] * B[..., None, :]
+
+
+class GRU(nn.Module):
+    """One state, gated. Only what the inputs bring to the gates is computed for all steps at once.
+
+        r, z = sigmoid(U u_t + V h_{t-1})  n = tanh(U u_t + r V h_{t-1})  h_t = n + z (h_{t-1} - n)
+
+    Source: Cho et al. (2014), with biases in U and V, as in cuDNN and torch.nn.GRU.
+    """
+
+    def __init__(self, d_model, layers=1):
+        super().__init__()
+        self.input, self.hidden = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, 3 * d_model)
+
+    def initial_state(self, batch):
+        zeros, width = self.hidden.weight.new_zeros, self.hidden.in_features
+        return State(zeros(batch, 0), zeros(batch, width))
+
+    def forward(self, u, state=None, reset=None, every=None):
+        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
+        check_sizes(u, every)
+        _, h = self.initial_state(len(u)) if state is None else state
+        resets, y = itertools.repeat(None) if reset is None else reset.unbind(1), []
+        for inputs, reset_t in zip(self.input(u).unbind(1), resets):
+            if reset_t is not None:
+                h = torch.where(reset_t[:, None], 0, h)
+            (r, z, n), (r_h, z_h, n_h) = inputs.chunk(3, -1), self.hidden(h).chunk(3, -1)
+            n = torch.tanh(n + torch.sigmoid(r + r_h) * n_h)
+            h = n + torch.sigmoid(z + z_h) * (h - n)  # (B, d_model)
+            y.append(h)
+        y = torch.stack(y, 1)
+        h = y[:, every - 1::every] if every else h
+        return y, State(h[..., :0], h)
+
+    step = one_step
+
+
+class Transformer(nn.Module):
+    """Causal attention over `length` steps, with rotary positions, and an MLP behind it. The memory
+    is a cache of those steps' keys and values (B, length, 2 d_model), zero before the first and
+    behind a reset; recent counts what is visible, (B). A step costs as much as the cache holds.
+    Raises ValueError if head_dim is odd or does not divide d_model.
+
+    Source: Vaswani et al. (2017), with norms in front (Xiong et al., 2020); Su et al. (2021).
+    """
+
+    def __init__(self, d_model, layers=1, *, head_dim=64, length=128):
+        super().__init__()
+        if head_dim % 2 or not heads_of(d_model, head_dim):
+            raise ValueError(f"head_dim {head_dim} is odd, but positions turn pairs")
+        self.head_dim, self.length = head_dim, length
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)  # queries keys values
+        self.out_proj = out_projection(d_model, d_model, 2 * layers)
+        self.mlp = nn.Sequential(RMSNorm(d_model), nn.Linear(d_model, 4 * d_model), nn.GELU(),
+                                 out_projection(4 * d_model, d_model, 2 * layers))
+
+    def initial_state(self, batch):
+        zeros, width = self.out_proj.weight.new_zeros, self.out_proj.in_features
+        return State(zeros(batch), zeros(batch, self.length, 2 * width))
+
+    def forward(self, u, state=None, reset=None, every=None):
+        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
+        check_sizes(u, every)
+        (batch, L, width), length, piece = u.shape, self.length, every or u.shape[1]
+        recent, cache = self.initial_state(batch) if state is None else state
+        past = 0 if state is None else length
+        times = torch.arange(-past, L, device=u.device)
+        now, since = times[past:], -recent[:, None].expand(batch, L)
+        if reset is not None:
+            opened = torch.where(reset, now, -1).cummax(1).values
+            since = torch.where(opened < 0, since, opened)  # (B, L): the first step that each sees
+        qk, v = at_least_float32(*self.in_proj(u).split([2 * width, width], -1))
+        half = self.head_dim // 2
+        speed = 1e4 ** (-torch.arange(half, device=u.device) / half)  # radians a step
+        angle = (now - since)[..., None, None] * speed  # (B, L, 1, head_dim / 2)
+        q, k = rotate(qk.unflatten(-1, (-1, 2, half)), angle, -2).flatten(2).chunk(2, -1)
+        seen = torch.cat([k, v], -1)
+        seen = torch.cat([cache.to(v.dtype), seen], 1) if past else seen  # (B, S, 2 d_model)
+        mask, lost = None, None
+        if past or reset is not None or L > length:
+            first = torch.maximum(since, now - length + 1)[..., None]
+            mask = (first <= times) & (times <= now[:, None])  # (B, L, S): what is visible
+            if reset is not None:  # what is no number must not be multiplied by 0, as in the scans
+                lost = (mask & ~seen.sum(-1).isfinite()[:, None]).any(-1, keepdim=True)
+            mask = mask[:, None]
+        u, *qkv = (part if lost is None else finite(part) for part in (u, q, *seen.chunk(2, -1)))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in qkv)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        y = y + self.mlp(u + y)
+        ends, since = now[piece - 1::piece] + 1, since[:, piece - 1::piece]  # (B, pieces)
+        start = past + piece - length  # of the first cache in what was seen
+        seen = F.pad(seen, (0, 0, -start, 0)) if start < 0 else seen[:, start:]
+        caches = seen.unfold(1, length, piece).mT  # (B, pieces, length, 2 d_model)
+        if reset is not None:
+            y = y.masked_fill(lost, math.nan)
+            behind = torch.arange(-length, 0, device=u.device) + ends[:, None] < since[..., None]
+            caches = caches.masked_fill(behind[..., None], 0)
+        after = State(ends - since, caches)
+        return y, after if every else State(*(part[:, 0] for part in after))
+
+    step = one_step
+
+
+# One of yours: Layer(d_model, layers, ...), given those of d_state, head_dim and length that it
+# names, with the same three methods. forward takes whole sequences, a State or None, resets and
+# `every` (then it returns the State after each piece), step one step; a State is two tensors
+# (B, ...), returned and never changed in place.
+BACKBONES = {"mamba2": Mamba2, "mamba": Mamba, "mamba3": Mamba3, "gru": GRU,
+             "transformer": Transformer}
 
 
 # ---- The sequence model --------------------------------------------------------------------------
@@ -650,9 +874,7 @@ class ResidualLayer(nn.Module):
 
     def __init__(self, d_model, mixer, dropout):
         super().__init__()
-        self.norm = RMSNorm(d_model)
-        self.mixer = mixer
-        self.dropout = nn.Dropout(dropout)
+        self.norm, self.mixer, self.dropout = RMSNorm(d_model), mixer, nn.Dropout(dropout)
 
     def forward(self, u, state=None, reset=None, every=None):
         y, state = self.mixer(self.norm(u), state, reset, every)
@@ -664,34 +886,26 @@ class ResidualLayer(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """What came so far, at every step: a stem, residual layers of one kind, a final norm.
-
-    forward takes whole sequences, in pieces if the state is carried on; step one step at a time.
-    """
+    """What came so far, at every step: a stem, residual layers of one kind, a final norm."""
 
     def __init__(self, d_input, d_model, *, layers=2, backbone="mamba2", d_state=16, head_dim=64,
-                 dropout=0.1):
+                 length=128, dropout=0.1):
         super().__init__()
-        self.d_model = d_model
-        sizes = dict(d_state=d_state)
-        if backbone == "mamba2":
-            sizes["head_dim"] = head_dim
+        self.d_model, layer = d_model, BACKBONES[backbone]
+        sizes = dict(d_state=d_state, head_dim=head_dim, length=length)
+        sizes = {name: sizes[name] for name in sizes if name in signature(layer).parameters}
         self.stem = nn.Sequential(nn.Linear(d_input, d_model), RMSNorm(d_model),
                                   nn.SiLU(), nn.Dropout(dropout))
-        self.layers = nn.ModuleList(
-            ResidualLayer(d_model, BACKBONES[backbone](d_model, layers, **sizes), dropout)
-            for _ in range(layers))
+        self.layers = nn.ModuleList(ResidualLayer(d_model, layer(d_model, layers, **sizes), dropout)
+                                    for _ in range(layers))
         self.norm = RMSNorm(d_model)
 
     def initial_state(self, batch):
         return tuple(layer.mixer.initial_state(batch) for layer in self.layers)
 
     def forward(self, inputs, state=None, reset=None, every=None):
-        """inputs (B, L, d_input), reset (B, L) -> d (B, L, d_model), a state for each layer.
-
-        The states are those after the last step; or, (B, L / every, ...), those after each piece
-        of `every` steps, which must divide L.
-        """
+        """inputs (B, L, d_input), reset (B, L) -> d (B, L, d_model), a state for each layer: those
+        after the last step; or, (B, L / every, ...), those after each piece of `every` steps."""
         before = self.initial_state(len(inputs)) if state is None else state
         u, after = self.stem(inputs), []  # (B, L, d_model)
         for layer, layer_state in zip(self.layers, before):
@@ -708,95 +922,24 @@ class SequenceModel(nn.Module):
         return self.norm(u), tuple(after)
 
 
-# ---- python scan.py: are the scans right, and what do they cost? ---------------------------------
+# ---- python scan.py: are the scans right on this machine? ----------------------------------------
 
 
-SCANS = {"s6": (s6, s6_sequential), "ssd": (ssd, ssd_sequential)}  # parallel, by definition
-
-
-def example(kind, batch, length, width, device, N=16, P=64):
-    """Inputs as they are in a fresh layer: step sizes around 0.02, decay rates from 1 to 16."""
-    channels, rates = ((width,), (width, N)) if kind == "s6" else ((width // P, P), (width // P,))
+def main():
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     randn = functools.partial(torch.randn, device=device)
-    dt = F.softplus(randn(batch, length, channels[0]) - 4)
-    A = -1 - 15 * torch.rand(rates, device=device)
-    B, C, D = randn(batch, length, N), randn(batch, length, N), randn(channels[0])
-    inputs = (randn(batch, length, *channels), dt, A, B, C, D)
-    return [tensor.requires_grad_() for tensor in inputs], randn(batch, *channels, N)
-
-
-def forward_backward(scan, inputs, *rest):
-    y, state = scan(*inputs, *rest)
-    return y, state, *torch.autograd.grad(y.sum() + state.sum(), inputs)
-
-
-def largest_error(kind, device):
-    """Of values and gradients against the loop's, relative to the largest number of each."""
-    errors = []
-    for length in (1, 63, 300):
-        inputs, state = example(kind, 2, length, 128, device)
-        reset = torch.rand(2, length, device=device) < 0.02
-        fast, slow = (forward_backward(scan, inputs, state, reset) for scan in SCANS[kind])
-        errors += [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fast, slow)]
-    return max(errors)
-
-
-def seconds(run, device, repeats=5):
-    """The median, after one run to warm up."""
-    times = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        run()
-        getattr(torch, device).synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def peak_megabytes(run, device):
-    """On top of what was allocated before."""
-    if device != "cpu":  # MPS counts no peaks, but its driver's pool only grows
-        reset, used = dict(
-            cuda=(torch.cuda.reset_peak_memory_stats, torch.cuda.max_memory_allocated),
-            mps=(torch.mps.empty_cache, torch.mps.driver_allocated_memory))[device]
-        reset()
-        before = used()
-        run()
-        return (used() - before) / 2 ** 20
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler talks into the table
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    changes = sorted((event.start_ns(), event.nbytes())
-                     for event in record.profiler.kineto_results.events()
-                     if event.name() == "[memory]")
-    return max(itertools.accumulate(change for _, change in changes)) / 2 ** 20
-
-
-def main(tokens=16384, width=512):
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-    print(f"device {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for kind in SCANS:
-        error = largest_error(kind, device)
-        print(f"{kind:4} against its loop: largest relative error, gradients included, {error:.1e}")
+    for name, scan, loop, channels, rates in (("s6", s6, s6_sequential, (128,), (128, 16)),
+                                              ("ssd", ssd, ssd_sequential, (2, 64), (2,))):
+        dt, B, C = (randn(2, 300, size) for size in (channels[0], 16, 16))
+        inputs = (randn(2, 300, *channels), F.softplus(dt - 4), -randn(rates).exp(), B, C,
+                  randn(channels[0]), randn(2, *channels, 16))  # x dt A B C D state
+        inputs, reset = [part.requires_grad_() for part in inputs], randn(2, 300) > 2
+        both = [function(*inputs, reset) for function in (scan, loop)]
+        both = [(y, h, *torch.autograd.grad(y.sum() + h.sum(), inputs)) for y, h in both]
+        error = max((a - b).abs().max() / b.abs().max() for a, b in zip(*both)).item()
+        print(f"{name:4} on {device} against its loop: the largest relative error, of values and "
+              f"gradients, is {error:.1e}")
         assert error < 1e-4, "the parallel scan is wrong on this device"
-    counter = {"cuda": "the allocator's counter", "mps": "growth of the driver's pool",
-               "cpu": "allocations seen by torch.profiler"}[device]
-    print(f"\nForward and backward, float32, width {width}, state 16, {tokens:,} tokens in all; "
-          f"median of 5.\nPeak memory: {counter}, on top of the inputs. Step loop: the definition,"
-          f" one sequence.\n\nscan  batch x length     ms   tokens/s   peak MB   "
-          "against step loop, both at batch 1")
-    for kind, length in itertools.product(SCANS, (64, 256, 1024, 4096, 16384)):
-        inputs, _ = example(kind, tokens // length, length, width, device)
-        run = functools.partial(forward_backward, SCANS[kind][0], inputs)
-        took, memory = seconds(run, device), peak_megabytes(run, device)
-        times = ""
-        if length <= 256:
-            inputs, _ = example(kind, 1, length, width, device)
-            fast, slow = (seconds(functools.partial(forward_backward, scan, inputs), device)
-                          for scan in SCANS[kind])
-            times = f"{slow / fast:6.1f} times as fast"
-        print(f"{kind:4} {tokens // length:6} x {length:<6} {1e3 * took:7.1f} "
-              f"{tokens / took:10,.0f} {memory:9.0f}   {times}")
 
 
 if __name__ == "__main__":

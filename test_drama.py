@@ -70,7 +70,9 @@ HERE = Path(__file__).resolve().parent
 
 LENGTHS = (1, 2, 3, 17, 63, 64, 65, 128, 129, 300)
 KINDS = ("s6", "ssd")
-LAYERS = {"mamba": lambda: scan.Mamba(16), "mamba2": lambda: scan.Mamba2(16, head_dim=8)}
+LAYERS = {"mamba": lambda: scan.Mamba(16), "mamba2": lambda: scan.Mamba2(16, head_dim=8),
+          "mamba3": lambda: scan.Mamba3(16, head_dim=8), "gru": lambda: scan.GRU(16),
+          "transformer": lambda: scan.Transformer(16, head_dim=8)}
 
 
 def scan_inputs(kind, batch, length, W=6, H=3, P=5, N=4, seed=0, dtype=torch.float64):
@@ -111,7 +113,7 @@ def values_and_gradients(function, inputs, gy, gstate):
 def assert_close(got, expected, tolerance):
     for g, e in zip(got, expected, strict=True):
         assert g.shape == e.shape and g.dtype == e.dtype
-        assert (g - e).abs().max() <= tolerance * (1 + e.abs().max())
+        assert not g.numel() or (g - e).abs().max() <= tolerance * (1 + e.abs().max())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,23 +142,20 @@ def test_scans_in_float32_also_under_autocast(kind):
     assert_close(got, [tensor.float() for tensor in truth], 2e-5)
 
 
-def test_s6_is_divided_into_blocks_and_tiles_without_seams(monkeypatch):
+def test_s6_is_divided_into_blocks_without_seams(monkeypatch):
     inputs = scan_inputs("s6", 3, 50, W=10)
     gy, gstate = torch.randn_like(inputs[0]), torch.randn_like(inputs[-1])
     truth = values_and_gradients(scan.s6_sequential, inputs, gy, gstate)
-    tiles = [(slice(r, r + 5), slice(w, min(w + 4, 10))) for r in (0, 5, 10) for w in (0, 4, 8)]
-    monkeypatch.setattr(scan, "s6_plan", lambda *sizes: (5, 11, 3, tiles))
-    assert_close(values_and_gradients(scan.s6, inputs, gy, gstate), truth, 1e-11)
+    for K, Q, keep in ((5, 11, 3), (1, 50, 8), (13, 4, 4)):
+        monkeypatch.setattr(scan, "s6_plan", lambda *sizes: (K, Q, keep))
+        assert_close(values_and_gradients(scan.s6, inputs, gy, gstate), truth, 1e-11)
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda", "mps"))
-def test_plans_cover_every_step_row_and_channel_once(device):
-    for batch, length, width in ((1, 1, 8), (16, 128, 1024), (3, 129, 1500), (1, 16384, 1024)):
-        K, Q, keep, tiles = scan.s6_plan(batch, length, width, 16, torch.device(device))
-        covered = torch.zeros(batch * K, width, dtype=torch.int)
-        for tile in tiles:
-            covered[tile] += 1
-        assert K * Q >= length > (K - 1) * Q and (covered == 1).all() and Q <= 128
+def test_plans_cover_every_step_once(device):
+    for length in (1, 128, 129, 16384):
+        K, Q, keep = scan.s6_plan(length, torch.device(device))
+        assert K * Q >= length > (K - 1) * Q and keep <= Q <= 128 or length == Q == 1
         K, Q = scan.ssd_plan(length, torch.device(device))
         assert K * Q >= length > (K - 1) * Q and Q <= 64
 
@@ -318,8 +317,7 @@ def test_memory_saved_is_linear_and_far_below_all_states(kind):
 
 
 def random_state(model, batch, dtype):
-    return tuple(scan.State(*(torch.randn_like(part, dtype=dtype) for part in state))
-                 for state in model.initial_state(batch))
+    return model(torch.randn(batch, 5, 7, dtype=dtype))[1]
 
 
 @pytest.mark.parametrize("backbone", scan.BACKBONES)
@@ -409,13 +407,13 @@ def test_a_model_starts_afresh_at_a_reset_whatever_came_before(backbone, bad):
     assert_close(*gradients, 1e-9)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", ("mamba", "mamba2"))
 def test_a_returned_state_holds_no_tap_from_behind_a_reset(layer):
     mixer = LAYERS[layer]()
     u, reset = torch.randn(1, 8, 16), torch.zeros(1, 8, dtype=torch.bool)
     reset[0, 6] = True
     _, state = mixer(u, None, reset)
-    assert (state.conv[..., 0] == 0).all() and (state.conv[..., 1:] != 0).any(1).all()
+    assert (state.recent[..., 0] == 0).all() and (state.recent[..., 1:] != 0).any(1).all()
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -448,7 +446,7 @@ def test_layers_under_autocast_stay_close_and_differentiable(layer):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, state = mixer(u)
         y_t, _ = mixer.step(u[:, 0], mixer.initial_state(2))
-    assert state.scan.dtype == state.conv.dtype == torch.float32
+    assert state.memory.dtype == state.recent.dtype == torch.float32
     assert (y - exact).abs().max() < 0.05 * exact.abs().max()
     assert (y_t - exact[:, 0]).abs().max() < 0.05 * exact.abs().max()
     y.float().sum().backward()
@@ -493,16 +491,133 @@ REFERENCE = {  # names and shapes of the reference implementation at d_model 16,
                "out_proj.weight": (16, 32)}}
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", REFERENCE)
 def test_weights_of_the_reference_implementation_load_and_mean_the_same(layer):
     torch.manual_seed(5)
-    weights = {name: torch.randn(shape, dtype=torch.float64) / 4
+    weights = {name: (torch.randn(shape, dtype=torch.float64) / 4).requires_grad_()
                for name, shape in REFERENCE[layer].items()}
     mixer = LAYERS[layer]().double()
     mixer.load_state_dict(weights, strict=True)
-    u = torch.randn(12, 16, dtype=torch.float64)
+    u = torch.randn(12, 16, dtype=torch.float64, requires_grad=True)
     by_hand = {"mamba": mamba_by_hand, "mamba2": mamba2_by_hand}[layer](weights, u)
-    assert_close([mixer(u[None])[0][0]], [by_hand], 1e-11)
+    y, given = mixer(u[None])[0][0], dict(mixer.named_parameters())
+    assert_close([y], [by_hand], 1e-11)
+    gy = torch.randn_like(y)
+    assert_close(torch.autograd.grad(y, [u, *(given[name] for name in weights)], gy),
+                 torch.autograd.grad(by_hand, [u, *weights.values()], gy), 1e-11)
+
+
+def fixed(shape, place, size=1.0, centre=0.0):
+    """Numbers that no generator has made."""
+    count = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)
+    return (centre + size * torch.sin(0.37 * count**2 + place)).reshape(shape)
+
+
+# The module Mamba3 of state-spaces/mamba (e9594ce), its scan being mamba3_siso_step_ref of its own
+# tests, run once in float64 on the inputs below: outputs at steps 0, 1 and 39 of two sequences, and
+# of each gradient its product with a fixed vector and its norm.
+MAMBA3_OUTPUTS = [[-12.755707, 6.47837, -10.16179, 7.271073],
+                  [-0.878471, -0.153062, -1.255906, 0.479922],
+                  [-3.064061, 6.494214, 3.758815, -0.335925],
+                  [0.781977, -0.341757, 0.364677, -0.124708],
+                  [-0.755484, 1.317623, 0.769382, -0.447968],
+                  [1.373838, -1.062007, -0.656739, 1.09592]]
+MAMBA3_GRADIENTS = {
+    "u": (108.687997, 111.963435), "B_bias": (-15.001916, 107.918718),
+    "B_norm.weight": (-72.118709, 47.520285), "C_bias": (-25.30952, 100.81964),
+    "C_norm.weight": (-87.962775, 72.147748), "D": (43.355978, 73.309214),
+    "dt_bias": (-48.679643, 57.756716), "in_proj.weight": (330.461822, 423.714399),
+    "out_proj.weight": (-195.988743, 207.203849)}
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_mamba3_is_that_of_the_reference_implementation(dtype):
+    mixer = scan.Mamba3(4, d_state=8, head_dim=4).to(dtype)
+    weights = dict(sorted(mixer.named_parameters()))
+    assert ["u", *weights] == [*MAMBA3_GRADIENTS]
+    with torch.no_grad():
+        for place, (name, weight) in enumerate(weights.items()):
+            centre = 1.0 if name in ("D", "B_norm.weight", "C_norm.weight") else 0.0
+            weight.copy_(fixed(weight.shape, place, 0.5 if weight.dim() == 1 else 0.8, centre))
+    u = fixed((2, 40, 4), 100, 2.0).to(dtype).requires_grad_()
+    y, state = mixer(u)
+    steps, stepped = [], mixer.initial_state(2)
+    for u_t in u.unbind(1):
+        y_t, stepped = mixer.step(u_t, stepped)
+        steps.append(y_t)
+    for outputs in (y, torch.stack(steps, 1)):
+        got = outputs[:, [0, 1, 39]].flatten(0, 1).double()
+        assert (got - torch.tensor(MAMBA3_OUTPUTS, dtype=torch.float64)).abs().max() < 1e-5
+        gradients = torch.autograd.grad(outputs, [u, *weights.values()],
+                                        fixed(y.shape, 200).to(dtype))
+        for gradient, (product, norm) in zip(gradients, MAMBA3_GRADIENTS.values(), strict=True):
+            gradient = gradient.flatten().double()
+            assert abs(gradient @ fixed(gradient.shape, 300) - product) < 1e-5 * norm
+            assert abs(gradient.norm() - norm) < 1e-5 * norm
+
+
+def test_gru_is_that_of_torch():
+    torch.manual_seed(5)
+    mixer, theirs = scan.GRU(16).double(), nn.GRU(16, 16, batch_first=True).double()
+    ours = [mixer.input.weight, mixer.hidden.weight, mixer.input.bias, mixer.hidden.bias]
+    with torch.no_grad():
+        for weight, other in zip(ours, theirs.all_weights[0]):
+            weight.copy_(other)
+    u = torch.randn(3, 20, 16, dtype=torch.float64, requires_grad=True)
+    h, gy = torch.randn(3, 16, dtype=torch.float64), torch.randn(3, 20, 16, dtype=torch.float64)
+    y, after = mixer(u, scan.State(h[:, :0], h))
+    truth, last = theirs(u, h[None])
+    assert_close([y, after.memory], [truth, last[0]], 1e-12)
+    assert_close(torch.autograd.grad(y, [u, *ours], gy),
+                 torch.autograd.grad(truth, [u, *theirs.all_weights[0]], gy), 1e-12)
+
+
+def attention_by_hand(mixer, u, reset):
+    """One sequence u (L, d_model): what step t makes of the steps it sees, which are those since
+    the last reset, `length` at most; a pair turns by its speed times the distance."""
+    w, P = dict(mixer.named_parameters()), mixer.head_dim
+    rates = 1e4 ** (-torch.arange(P // 2, dtype=u.dtype) / (P // 2))
+    q, k, v = (u @ w["in_proj.weight"].T).view(len(u), 3, -1, P).unbind(1)  # (L, heads, P)
+    q, k = (torch.complex(part[..., :P // 2], part[..., P // 2:]) for part in (q, k))
+    y = []
+    for t in range(len(u)):
+        opened = max([0, *(s for s in range(t + 1) if reset[s])])
+        seen = torch.arange(max(opened, t - mixer.length + 1), t + 1)
+        turn = torch.exp(1j * (seen - t)[:, None] * rates)
+        scores = (q[t].conj() * turn[:, None] * k[seen]).sum(-1).real / P ** 0.5  # (seen, heads)
+        a = (scores.softmax(0)[..., None] * v[seen]).sum(0).flatten() @ w["out_proj.weight"].T
+        x = u[t] + a
+        x = x / torch.sqrt(x.square().mean() + 1e-5) * w["mlp.0.weight"]
+        x = F.gelu(x @ w["mlp.1.weight"].T + w["mlp.1.bias"]) @ w["mlp.3.weight"].T
+        y.append(a + x)
+    return torch.stack(y)
+
+
+@pytest.mark.parametrize("resets", (False, True))
+def test_transformer_attends_to_what_it_sees(resets):
+    torch.manual_seed(5)
+    mixer = scan.Transformer(16, head_dim=8, length=6).double()
+    u = torch.randn(2, 20, 16, dtype=torch.float64, requires_grad=True)
+    reset = torch.rand(2, 20) < 0.15
+    y, state = mixer(u, None, reset if resets else None)
+    truth = torch.stack([attention_by_hand(mixer, u[b], reset[b] if resets else [False] * 20)
+                         for b in range(2)])
+    assert_close([y], [truth], 1e-8)  # its speeds are float32
+    weights, gy = [u, *mixer.parameters()], torch.randn_like(y)
+    assert_close(torch.autograd.grad(y, weights, gy), torch.autograd.grad(truth, weights, gy), 1e-8)
+    short = scan.Transformer(16, head_dim=8, length=20).double()  # no mask at all
+    short.load_state_dict(mixer.state_dict())
+    assert_close([short(u)[0][:, :6]], [mixer(u)[0][:, :6]], 1e-12)
+    assert (short(u)[0][:, 6:] - mixer(u)[0][:, 6:]).abs().max() > 1e-3
+
+
+def test_a_layer_gets_the_sizes_that_it_names():
+    for name, expected in dict(mamba2=(8, None), mamba=(None, None), mamba3=(8, None),
+                               gru=(None, None), transformer=(8, 9)).items():
+        model = scan.SequenceModel(7, 16, backbone=name, head_dim=8, d_state=4, length=9)
+        for layer in model.layers:
+            assert expected == tuple(getattr(layer.mixer, size, None)
+                                     for size in ("head_dim", "length"))
 
 
 def test_sequence_model_has_3743648_parameters():
@@ -524,8 +639,9 @@ def test_initialisation():
     assert (mamba.D == 1).all() and (mamba2.D == 1).all() and (mamba2.norm.weight == 1).all()
     bound = mamba.dt_proj.weight.abs().max()
     assert 0.99 * 32 ** -0.5 < bound <= 32 ** -0.5
-    deep = scan.Mamba2(512, layers=4).out_proj.weight.std()
-    assert abs(scan.Mamba2(512).out_proj.weight.std() / deep - 2) < 0.02
+    for layer in (scan.Mamba, scan.Mamba2, scan.Mamba3, scan.Transformer):
+        deep = layer(512, layers=4).out_proj.weight.std()
+        assert abs(layer(512).out_proj.weight.std() / deep - 2) < 0.02
 
 
 def test_dropout_stands_on_the_stem_and_on_each_layer_only():
@@ -540,9 +656,12 @@ def test_dropout_stands_on_the_stem_and_on_each_layer_only():
     assert not torch.equal(*(model.eval()(i)[0] for i in (inputs, 2 * inputs)))
 
 
-def test_head_width_must_divide():
+@pytest.mark.parametrize("layer", (scan.Mamba2, scan.Mamba3, scan.Transformer))
+def test_head_width_must_divide(layer):
     with pytest.raises(ValueError, match="head_dim 12 does not divide"):
-        scan.Mamba2(16, head_dim=12)
+        layer(16, head_dim=12)
+    with pytest.raises(ValueError, match="head_dim 5 is odd"):
+        scan.Transformer(15, head_dim=5)
 
 
 # ---------------------------------------------------------------- small stand-ins
@@ -592,8 +711,8 @@ class FakeGame:
 def tiny_model(actions=4, **changes):
     torch.manual_seed(0)
     sizes = dict(channels=[4, 4], strides=[4, 4], kernels=[5, 5], groups=4, classes=4, d_model=16,
-                 layers=2, backbone="mamba2", d_state=4, head_dim=8, dropout=0.1, head_hidden=8,
-                 unimix=0.01, free_nats=1.0, representation_scale=0.1, harmony=False,
+                 layers=2, backbone="mamba2", d_state=4, head_dim=8, length=8, dropout=0.1,
+                 head_hidden=8, unimix=0.01, free_nats=1.0, representation_scale=0.1, harmony=False,
                  event_weights=False)  # fmt: skip
     return WorldModel(actions, **(sizes | changes)).eval()
 
@@ -1120,11 +1239,11 @@ def check_starts(model, start, batch, z, places):
             close(dream.d_past[0, i], whole[0, t - 1])
             _, left = model.sequence(seen[:, :t], reset=batch.first[b : b + 1, :t])
             for layer, expected in zip(start.state, left):
-                close(layer.conv[i], expected.conv[0])
-                close(layer.scan[i], expected.scan[0])
+                close(layer.recent[i], expected.recent[0])
+                close(layer.memory[i], expected.memory[0])
 
 
-@pytest.mark.parametrize("backbone", ["mamba2", "mamba"])
+@pytest.mark.parametrize("backbone", scan.BACKBONES)
 def test_T2_starts_from_the_batch_hold_what_a_scan_leaves(backbone):
     model = tiny_model(backbone=backbone)
     batch, z = random_batch(2, 8, [(0, 5), (1, 4), (1, 6)]), torch.randint(0, 4, (2, 8, 4))
@@ -1147,7 +1266,7 @@ def test_the_trajectory_of_a_batch_holds_what_the_actor_saw_and_what_came_of_it(
     assert trajectory.truncated.nonzero().tolist() == [[4, 1]]
 
 
-@pytest.mark.parametrize("backbone", ["mamba2", "mamba"])
+@pytest.mark.parametrize("backbone", scan.BACKBONES)
 def test_T2_starts_from_contexts_hold_what_a_scan_leaves(backbone):
     model = tiny_model(backbone=backbone)
     batch, z = random_batch(3, 5, [(0, 2), (1, 4), (2, 0)]), torch.randint(0, 4, (3, 5, 4))
@@ -2207,7 +2326,7 @@ def test_play_step_by_step_equals_a_scan():
         expected = torch.zeros(16) if t in (0, 5) else d[0, t - 1]
         close(seen[t][1][0], expected)  # the actor sees [z_t, d_{t-1}]
         assert torch.equal(tokens(seen[t][0], torch.tensor([0]))[0, :16], token[0, t, :16])
-    close(player.state[1].scan, state[1].scan)
+    close(player.state[1].memory, state[1].memory)
 
 
 @pytest.mark.parametrize("steps, age", [(3, 3), (7, 7), (8, 4), (9, 5), (11, 7), (12, 4), (20, 4)])
@@ -2216,8 +2335,8 @@ def test_T4_the_state_is_rebuilt_from_the_last_half_context(steps, age):
     d, state = player.model.sequence(token[:, steps - age :])
     close(player.d_past, d[:, -1])
     for layer, expected in zip(player.state, state):
-        close(layer.conv, expected.conv)
-        close(layer.scan, expected.scan)
+        close(layer.recent, expected.recent)
+        close(layer.memory, expected.memory)
 
 
 def test_T4_the_rebuilt_state_forgets_old_weights_and_keeps_resets():
@@ -2225,7 +2344,7 @@ def test_T4_the_rebuilt_state_forgets_old_weights_and_keeps_resets():
     reset = torch.tensor([[False, False, True, False]])
     d, state = player.model.sequence(token[:, 4:], reset=reset)
     close(player.d_past, d[:, -1])
-    close(player.state[0].scan, state[0].scan)
+    close(player.state[0].memory, state[0].memory)
 
 
 def test_a_saved_player_goes_on_as_if_never_stopped():
@@ -2470,9 +2589,10 @@ CHANGED = dict(
     device="cpu", threads=1, precision="bfloat16", replay_device="cpu", save_minutes=7.5,
     log_every=3, eval_episodes=1, learning_starts=33, train_every=5,
     sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
-    kernel=(7, 4), groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8, dropout=0.2,
-    head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2, harmony=False,
-    event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3, actor_hidden=12,
+    kernel=(7, 4), groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
+    dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
+    harmony=False, event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3,
+    actor_hidden=12,
     critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002, policy_unimix=0.02,
     slow_decay=0.9, range_decay=0.8, optimizer="laprop", model_lr=0.002, agent_lr=0.003,
     warmup_updates=6, eps=1e-12, model_max_grad_norm=50.0, agent_max_grad_norm=60.0)  # fmt: skip
@@ -2667,12 +2787,14 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--horizon 0", "--horizon"), ("--channels 4,x", "4,x.*whole numbers such as"),
     ("--strides 2,2", "strides"), ("--model-steps 3", "--model-steps 3.*--batch 2"),
     ("--head-dim 7", "head_dim"), ("--dreams 3", "--dreams 3"), ("--context 4", "--context"),
-    ("--backbone gru", "--backbone.*mamba2"), ("--dream-from contexts --dreams 99", "--dreams 99"),
+    ("--backbone lstm", "--backbone.*mamba2"), ("--dream-from contexts --dreams 99", "--dreams 99"),
     ("--act-on prior", "--eval"), ("--out x", "--eval"), ("--steps", "--steps"),
     ("--dream-from contexts --context 1", "--context"),
     ("--dream-from contexts --replay-critic 0.3", "--replay-critic"),
     ("--sampling uniform --tau 2", "--tau means nothing with --sampling uniform"),
     ("--backbone mamba --head-dim 8", "--head-dim means nothing with --backbone mamba"),
+    ("--backbone gru --d-state 8", "--d-state means nothing with --backbone gru"),
+    ("--backbone transformer --head-dim 12", "head_dim 12 does not divide"),
     ("--no-harmony --harmony-lr 1", "--harmony-lr means nothing with --no-harmony"),
     (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"), ("--run=", "--run names no folder"),
     ("--eps 0", "--eps"), ("--eps 1e-30", "--eps must be from 1e-20"), ("--horizon 65537", "1000"),
@@ -3070,7 +3192,8 @@ def test_an_exported_agent_is_the_runs_but_for_float16(exported, run_folder, cap
     with torch.no_grad():
         close(*(net.posterior(net.images(frame)) for net in (ours.model, theirs.model)), 1e-2)
     settings = torch.load(exported, weights_only=True)["settings"]
-    assert json.loads(json.dumps(settings)) == json.loads((run_folder / "settings.json").read_text())
+    kept = json.loads((run_folder / "settings.json").read_text())
+    assert json.loads(json.dumps(settings)) == kept
 
 
 def test_an_exported_agent_says_where_it_comes_from(run_folder, tmp_path, capsys):
@@ -4187,6 +4310,9 @@ STEPS = {
              "--channels 4,4,4,8,8 --strides 1,2,2,2,2 --groups 4 --classes 4 --d-model 32 "
              "--head-dim 16 --precision float32",
     "mamba": "--backbone mamba --precision bfloat16",
+    "mamba3": "--backbone mamba3",
+    "gru": "--backbone gru --precision bfloat16",
+    "transformer": "--backbone transformer",
 }  # fmt: skip
 
 
@@ -4202,6 +4328,7 @@ def test_every_operator_of_a_training_step_exists_on_MPS(name, fake, tmp_path):
     assert command(tmp_path / "run", "--steps", "34", *STEPS[name].split()) == 0
     table = native_functions()
     missing = {op for op in recorder.operators if not runs_on_mps(op, table)}
+    missing -= {op for op in missing if op.startswith("_scaled_dot_product_flash_attention_for_")}
     assert len(recorder.operators) > 60 and {"convolution", "cumsum"} <= recorder.operators
     assert not missing, sorted(missing)
     assert not recorder.doubles
