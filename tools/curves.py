@@ -132,10 +132,23 @@ def draw(panels: dict[str, list], over: str, path: Path):
         parts.append(f'<g transform="translate(0 {height})">{panel(game, runs, unit)}</g>')
         height += max(BOTTOM + 50, TOP + 16 * len(runs))
         longest = max(longest, *(len(name) for name, *_ in runs))
-    size = f'width="{LEGEND + 40 + 7 * longest}" height="{height}"'
+    write_picture(path, parts, LEGEND + 40 + 7 * longest, height)
+
+
+def write_picture(path: Path, parts: list[str], width: int, height: int):
+    size = f'width="{width}" height="{height}"'
     parts = f'{OURS}{size}><rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(parts).encode("utf-8", "replace"))
+
+
+def own_picture(name: str) -> tuple[Path, bool]:
+    """Where to draw, and whether a drawing is there, which may go; nobody else's may."""
+    path = Path(name)
+    if (there := path.exists()) and not (path.is_file()
+                                         and path.read_bytes().startswith(OURS.encode())):
+        raise Mistake(f"{path} is there and was not drawn by this: --out FILE names another.")
+    return path, there
 
 
 def run_command(argv: list[str]):
@@ -146,10 +159,7 @@ def run_command(argv: list[str]):
     parser.add_argument("--over", choices=("steps", "minutes"), default="steps",
                         help="what the x axis counts (steps)")
     asked = parser.parse(argv)
-    path, panels, unfit, clocked = Path(asked["out"]), {}, [], []
-    there = path.exists()
-    if there and not path.read_bytes().startswith(OURS.encode()):
-        raise Mistake(f"{path} is there and was not drawn by this: --out FILE names another.")
+    (path, there), panels, unfit, clocked = own_picture(asked["out"]), {}, [], []
     found = [[name] if Path(name).exists() else sorted(filter(os.path.isdir, glob.glob(name)))
              or [name] for name in asked["runs"]]  # not every shell knows what * means
     for folder in map(Path, itertools.chain(*found)):
