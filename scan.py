@@ -673,7 +673,7 @@ class Mamba3(nn.Module):
         h_t = a_t (h_{t-1} + (1 - s_t) dt_t x_{t-1} B_{t-1}^T) + s_t dt_t x_t B_t^T
 
     a_t = exp(dt_t A_t), and rates A and shares s come from the sequence, too. B and C, normalised
-    and biased head by head, are turned by the sum of all dt_s angle_s up to t. Differences of these
+    and biased head by head, are turned by the running sum of dt_t angle_t. Differences of these
     sums alone matter: the memory is kept as seen from its last step. One scan does: it writes with
     s_t dt_t and, of the same input, what step t + 1 will add, before t + 1 fades it. Raises
     ValueError if head_dim does not divide the width.
@@ -726,7 +726,7 @@ class Mamba3(nn.Module):
         if reset is not None:
             h = torch.where(reset[:, None, None, None], 0, h)
         h = self.turned(rate.exp()[..., None, None] * h, -turn[:, :, None]) + outer(now, x, B)
-        y = torch.addcmul((h @ C[..., None])[..., 0], self.D[:, None], x)  # (B, H, P)
+        y = torch.addcmul((h * C[:, :, None]).sum(-1), self.D[:, None], x)  # (B, H, P)
         state = State(torch.cat([x.flatten(1), key], -1), h)
         return self.out_proj(y.flatten(1) * F.silu(gate)), state
 
@@ -739,6 +739,7 @@ class Mamba3(nn.Module):
         A = -(A.clamp(min=0) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # smooth, and below 0
         C = self.C_norm(C)[..., None, :] + self.C_bias[:, 0]
         turn = dt[..., None] * (math.pi * angle.tanh())[..., None, :]
+        turn = turn.fmod(2 * math.pi)  # whole turns would only take digits from their sum
         x, B = self.by_head(x, key)
         return gate, x, key, B, C, share * dt, (1 - share) * dt, dt * A, turn
 
@@ -794,7 +795,7 @@ class GRU(nn.Module):
 class Transformer(nn.Module):
     """Causal attention over `length` steps, with rotary positions, and an MLP behind it. The memory
     is a cache of those steps' keys and values (B, length, 2 d_model), zero before the first and
-    behind a reset; recent counts what is visible, (B). A step costs as much as the cache holds.
+    behind a reset; recent counts the steps since then, (B). A step costs as much as a full cache.
     Raises ValueError if head_dim is odd or does not divide d_model.
 
     Source: Vaswani et al. (2017), with norms in front (Xiong et al., 2020); Su et al. (2021).
@@ -861,7 +862,7 @@ class Transformer(nn.Module):
 # One of yours: Layer(d_model, layers, ...), given those of d_state, head_dim and length that it
 # names, with the same three methods. forward takes whole sequences, a State or None, resets and
 # `every` (then it returns the State after each piece), step one step; a State is two tensors
-# (B, ...), returned and never changed in place.
+# (B, ...), zeros at first, returned and never changed in place.
 BACKBONES = {"mamba2": Mamba2, "mamba": Mamba, "mamba3": Mamba3, "gru": GRU,
              "transformer": Transformer}
 
@@ -906,7 +907,7 @@ class SequenceModel(nn.Module):
     def forward(self, inputs, state=None, reset=None, every=None):
         """inputs (B, L, d_input), reset (B, L) -> d (B, L, d_model), a state for each layer: those
         after the last step; or, (B, L / every, ...), those after each piece of `every` steps."""
-        before = self.initial_state(len(inputs)) if state is None else state
+        before = itertools.repeat(None) if state is None else state
         u, after = self.stem(inputs), []  # (B, L, d_model)
         for layer, layer_state in zip(self.layers, before):
             u, layer_state = layer(u, layer_state, reset, every)  # (B, L, d_model)

@@ -407,6 +407,17 @@ def test_a_model_starts_afresh_at_a_reset_whatever_came_before(backbone, bad):
     assert_close(*gradients, 1e-9)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("size", (1e4, 1e38))
+def test_large_numbers_behind_a_reset_take_no_digits_from_what_follows(layer, size):
+    torch.manual_seed(2)
+    mixer, u = LAYERS[layer](), torch.randn(2, 12, 16)
+    reset = torch.arange(12).expand(2, 12) == 6
+    y, state = mixer(torch.cat([size * u[:, :6], u[:, 6:]], 1), None, reset)
+    fresh, fresh_end = mixer(u[:, 6:])
+    assert_close([y[:, 6:], *state], [fresh, *fresh_end], 1e-5)
+
+
 @pytest.mark.parametrize("layer", ("mamba", "mamba2"))
 def test_a_returned_state_holds_no_tap_from_behind_a_reset(layer):
     mixer = LAYERS[layer]()
@@ -451,6 +462,19 @@ def test_layers_under_autocast_stay_close_and_differentiable(layer):
     assert (y_t - exact[:, 0]).abs().max() < 0.05 * exact.abs().max()
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+def test_mamba3_reads_its_state_in_float32_also_under_autocast():
+    torch.manual_seed(4)
+    mixer, u = LAYERS["mamba3"](), torch.randn(2, 20, 16)
+    mixer.out_proj = nn.Identity()  # a product that may be rounded
+    steps, state = [], mixer.initial_state(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = mixer(u)
+        for u_t in u.unbind(1):
+            y_t, state = mixer.step(u_t, state)
+            steps.append(y_t)
+    assert_close([torch.stack(steps, 1)], [y], 1e-5)
 
 
 def mamba_by_hand(weights, u):
@@ -609,6 +633,16 @@ def test_transformer_attends_to_what_it_sees(resets):
     short.load_state_dict(mixer.state_dict())
     assert_close([short(u)[0][:, :6]], [mixer(u)[0][:, :6]], 1e-12)
     assert (short(u)[0][:, 6:] - mixer(u)[0][:, 6:]).abs().max() > 1e-3
+
+
+def test_a_sequence_with_no_past_attends_to_no_cache(monkeypatch):
+    looked_at, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, *rest, **options: (
+        looked_at.append(k.shape[2]), attention(q, k, *rest, **options))[1])
+    model = scan.SequenceModel(7, 16, backbone="transformer", head_dim=8, length=12)
+    _, state = model(torch.randn(2, 10, 7), None, torch.rand(2, 10) < 0.2)
+    model(torch.randn(2, 10, 7), state)
+    assert looked_at == [10, 10, 22, 22]  # two layers
 
 
 def test_a_layer_gets_the_sizes_that_it_names():
