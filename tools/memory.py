@@ -166,14 +166,18 @@ def compare(backbones: list[str], updates: int, seeds: int, device):
     """Train and judge every backbone with every seed, and write a row as soon as it is there."""
     for seed, backbone, length in itertools.product(range(seeds), backbones, LENGTHS):
         key = dict(backbone=backbone, seed=seed, length=length, updates=updates)
-        if not any(all(row[k] == str(v) for k, v in key.items()) for row in read_rows(PATH)):
+        if not rows_of(**key):
             add_row(PATH, key | trained(**key, device=device))
+
+
+def rows_of(**key) -> list[dict[str, str]]:
+    key = {name: str(value) for name, value in key.items()}
+    return [row for row in read_rows(PATH) if key.items() <= row.items()]
 
 
 def mean(backbone: str, length: int, updates: int) -> dict[str, float]:
     """The errors of the models there are, with any seed; NaN if there is none."""
-    key = dict(backbone=backbone, length=str(length), updates=str(updates))
-    found = [row for row in read_rows(PATH) if key.items() <= row.items()]
+    found = rows_of(backbone=backbone, length=length, updates=updates)
     found = found or [dict.fromkeys(FIGURES, "nan")]
     return {name: float(np.mean([float(row[name]) for row in found])) for name in FIGURES}
 
@@ -201,7 +205,7 @@ def run_command(argv: list[str]):
     for name, default in dict(updates=400, seeds=2).items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="INT",
                             help=f"({default})")
-    parser.add_settings("laptop", ("device", "threads"))
+    parser.add_settings("debug", ("device", "threads"))
     common = parser.parse(argv)
     backbones, updates, seeds = (common.pop(name) for name in ("backbones", "updates", "seeds"))
     if unknown := set(backbones) - set(BACKBONES):
@@ -209,7 +213,7 @@ def run_command(argv: list[str]):
     for name, number in dict(updates=updates, seeds=seeds).items():
         if number < 1:
             raise Mistake(f"--{name} must be 1 or more.")
-    _, device, _ = drama.new_settings(dict(preset="laptop", precision="float32") | common)
+    _, device, _ = drama.new_settings(dict(preset="debug") | common)
     compare(backbones, updates, seeds, device)
     report(updates)
 
