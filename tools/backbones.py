@@ -35,7 +35,7 @@ LENGTHS, TOKENS, WIDTH = (64, 256, 1024, 2048, 4096, 16384), 16384, 512
 REPEATS, STEPS = 3, 300  # of a training step, of a step of play
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 FIGURES = TRAIN, PRODUCTS, MEMORY, PLAY = ("forward and backward, ms", "products alone, ms",
-                                           "peak memory, MB", "a step of play, ms")
+                                           "peak memory, MiB", "a step of play, ms")
 TOP, BOTTOM, SIDE, APART = 40, 300, 230, 300  # of a panel in the picture, pixels
 
 
@@ -90,7 +90,7 @@ def medians(runs: list, repeats: int, device: torch.device) -> list[float]:
     return np.median(times[1:], axis=0).tolist()
 
 
-def peak_megabytes(run, device: torch.device) -> float:
+def peak_mebibytes(run, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -130,7 +130,7 @@ def measure(backbones: list[str], lengths: list[int], s: drama.Settings, device)
         times = np.reshape(medians([*train, *alone], REPEATS, device), (2, -1))
         play = [milliseconds for step in play for milliseconds in medians([step], STEPS, device)]
         for name, run, *each in zip(backbones, train, *times, play):
-            memory = peak_megabytes(run, device)
+            memory = peak_mebibytes(run, device)
             figures = dict(zip((TRAIN, PRODUCTS, PLAY, MEMORY), (*each, memory)))
             rows.append(dict(backbone=name, length=length, batch=TOKENS // length)
                         | {figure: f"{figures[figure]:.5g}" for figure in FIGURES}
@@ -145,10 +145,9 @@ def measure(backbones: list[str], lengths: list[int], s: drama.Settings, device)
 def print_tables(rows: list[dict]):
     """A table a figure, backbones down, lengths across; and a layer's time over its products'."""
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    cells = {(row["backbone"], row["length"]): row for row in rows}
     ratio = "forward and backward, times its products"
-    for row in rows:
-        row[ratio] = float(row[TRAIN]) / float(row[PRODUCTS])
+    cells = {(row["backbone"], row["length"]): row
+             | {ratio: float(row[TRAIN]) / float(row[PRODUCTS])} for row in rows}
     for figure in (TRAIN, ratio, MEMORY, PLAY):
         print(f"\n{figure:<42}" + "".join(f"{length:>9,}" for length in lengths))
         for name in dict.fromkeys(row["backbone"] for row in rows):
@@ -212,28 +211,35 @@ def run_command(argv: list[str]):
                         help=f"steps of a sequence ({','.join(map(str, LENGTHS))})")
     parser.add_argument("--out", metavar="FILE", default="backbones.svg",
                         help="picture; the table goes beside it, as .csv (backbones.svg)")
-    parser.add_settings("laptop", ("device", "threads", "precision"))
+    parser.add_settings("debug", ("device", "threads", "precision"))
     flags = parser.parse(argv)
     names, lengths, out = (flags.pop(name) for name in ("backbones", "lengths", "out"))
     if unknown := set(names) - set(BACKBONES):
         raise Mistake(f"{min(unknown)!r} is none of {', '.join(BACKBONES)}.")
-    if not all(1 <= length <= TOKENS for length in lengths):
-        raise Mistake(f"--lengths: sequences have 1 to {TOKENS:,} steps here.")
+    for length in lengths:
+        if length < 1 or TOKENS % length:
+            raise Mistake(f"--lengths must divide the {TOKENS:,} tokens, and {length} does not.")
     path, drawn = own_picture(out)
     table = path.with_suffix(".csv")
-    if path.suffix != ".svg" or table.exists() and not drawn:
-        raise Mistake(f"--out FILE.svg: a picture, with a table {table.name} that is this tool's.")
-    s, device, _ = drama.new_settings(dict(preset="laptop", precision="float32") | flags)
+    if path.suffix != ".svg":
+        raise Mistake(f"--out {out} does not end in .svg.")
+    if table.exists() and not drawn:
+        raise Mistake(f"{table} is there and no table of this tool's: --out FILE.svg names "
+                      "another place.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):  # now, not after ten minutes
+        raise Mistake(f"{path.parent} cannot be written to: --out FILE.svg names another place.")
+    s, device, _ = drama.new_settings(dict(preset="debug") | flags)
     rows = measure(list(dict.fromkeys(names)), sorted(set(lengths)), s, device)
     print(f"{device}, {s.precision}, {torch.get_num_threads()} threads, width {WIDTH}, {TOKENS:,} "
           f"tokens at every length; medians of {REPEATS}, of {STEPS} steps of play")
+    print_tables(rows)
     sheet = io.StringIO(newline="")
     writer = csv.DictWriter(sheet, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     draw(rows, path)
     write_file(table, sheet.getvalue().encode())
-    print_tables(rows)
     print(f"\n{path} and {table.name}")
 
 

@@ -1,6 +1,7 @@
 """What backbones cost: turns and medians, memory one can count, points in the right place."""
 
 import csv
+import os
 import xml.etree.ElementTree
 
 import pytest
@@ -35,7 +36,7 @@ def test_peak_memory_counts_what_is_there_at_a_time():
         del gone
         return kept, torch.empty(2**19)
 
-    assert backbones.peak_megabytes(run, CPU) == pytest.approx(3, abs=0.01)
+    assert backbones.peak_mebibytes(run, CPU) == pytest.approx(3, abs=0.01)
 
 
 def test_products_are_those_of_every_linear_map():
@@ -94,10 +95,38 @@ def test_the_tables_by_hand(capsys):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["lstm"], "'lstm' is none of mamba2"), (["--lengths", "0"], "1 to 64 steps"),
-    (["--lengths", "8,65"], "1 to 64 steps"), (["--lengths", "x"], "whole numbers such as"),
-    (["--batch", "3"], "unknown flag"), (["--lengths", "8", "--out", "."], "not drawn by"),
-    (["--lengths", "8", "--out", "a.csv"], "FILE.svg")])
+    (["lstm"], "'lstm' is none of mamba2"), (["--lengths", "0"], "divide the 64 tokens, and 0"),
+    (["--lengths", "8,65"], "and 65 does not"), (["--lengths", "24"], "and 24 does not"),
+    (["--lengths", "x"], "whole numbers such as"), (["--batch", "3"], "unknown flag"),
+    (["--lengths", "8", "--out", "."], "not drawn by"),
+    (["--lengths", "8", "--out", "a.csv"], "--out a.csv does not end in .svg")])
 def test_a_wrong_comparison_is_refused(argv, says, tiny, tmp_path, capsys):
     refused(capsys, backbones.main, argv, says)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_others_and_a_folder_that_takes_none_are_refused_before_measuring(
+        tiny, monkeypatch, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("mine")
+    monkeypatch.setattr(backbones, "measure", lambda *_: pytest.fail("measured in vain"))
+    refused(capsys, backbones.main, ["--lengths", "8", "--out", "a.svg"], "a.csv is there and no")
+    assert (tmp_path / "a.csv").read_text() == "mine"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    refused(capsys, backbones.main, ["--lengths", "8", "--out", "new/b.svg"], "new cannot be writ")
+
+
+def test_what_was_measured_is_shown_even_if_it_cannot_be_kept(tiny, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "backbones.svg")
+    monkeypatch.setattr(backbones, "draw", full)
+    assert backbones.main(["gru", "--lengths", "8", "--threads", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("\ngru ") == 4 and err.endswith("No space left on device: backbones.svg\n")
+
+
+def test_help_names_the_precision_that_is_taken(tiny, capsys):
+    with pytest.raises(SystemExit):
+        backbones.main(["--help"])
+    assert "(float32)" in capsys.readouterr().out
+    backbones.main(["gru", "--lengths", "8", "--threads", "1"])
+    assert "cpu, float32, 1 threads" in capsys.readouterr().out
