@@ -144,6 +144,23 @@ class ToImage(nn.Module):
         return x.unflatten(1, self.shape).contiguous(memory_format=image_layout(x.device))
 
 
+class ToPixels(nn.ConvTranspose2d):
+    """Equal to its base for kernels of two strides or more whole ones: one convolution makes all
+    pixels of a block, a stride a side, at once. For 3 channels that halves the time on a CPU.
+
+    Pixel s j + r of a row is sum_q x[j - q] weight[s q + r]. Source: Shi et al. (arXiv 1609.05158).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, reach = self.stride[0], self.kernel_size[0] // self.stride[0]
+        weight = self.weight.unflatten(3, (reach, s)).unflatten(2, (reach, s)).flip(2, 4)
+        weight = weight.permute(1, 3, 5, 0, 2, 4).reshape(-1, len(weight), reach, reach)
+        y = F.conv2d(x, weight, self.bias.repeat_interleave(s * s), padding=reach - 1)
+        y = y.unflatten(1, (-1, s, s)).permute(0, 1, 4, 2, 5, 3)  # (B, C, rows, s, columns, s)
+        sides = slice(self.padding[0], self.padding[0] + s * x.shape[-1])
+        return y.flatten(4, 5).flatten(2, 3)[..., sides, sides]
+
+
 def encoder(channels: list[int], strides: list[int], kernels: list[int]) -> nn.Sequential:
     """Frames (B, 3, 64, 64) -> (B, channels[-1] * side * side). Raises ValueError for lists that do
     not fit each other or the frames."""
@@ -168,7 +185,9 @@ def decoder(d_input: int, channels: list[int], strides: list[int], kernels: list
     for before, after, stride, kernel in zip(*mirrored):
         padding = (kernel - 1) // 2
         extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
-        conv = nn.ConvTranspose2d(before, after, kernel, stride, padding, output_padding=extra)
+        whole = kernel > stride and kernel % stride == 0
+        kind = ToPixels if after == 3 and whole else nn.ConvTranspose2d
+        conv = kind(before, after, kernel, stride, padding, output_padding=extra)
         blocks += [BatchNorm(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)
 
@@ -293,8 +312,8 @@ class WorldModel(nn.Module):
         A small ball is lost in a plain sum over the pixels. With `event_weights`, where a few
         pixels, under 5 %, have moved since the frame before, the still ones count half.
         """
-        target = batch.frame.flatten(0, 1).permute(0, 3, 1, 2) / 255  # in float32 (D7)
-        error = (image - target).square()
+        target = batch.frame.flatten(0, 1).permute(0, 3, 1, 2).contiguous() / 255  # in float32 (D7)
+        error = F.mse_loss(image, target, reduction="none")
         if self.event_weights:
             error = error * self.pixel_weights(batch.frame, batch.first).unsqueeze(1)
         return error.sum() / len(error)

@@ -52,8 +52,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import buffer
 import drama
 import scan
-from agent import ActorCritic, Dream, Player, ReturnRange, Start, Trajectory, TwoHot, WorldModel
-from agent import lambda_return, make_optimizer, sample, take_step
+from agent import ActorCritic, Dream, Player, ReturnRange, Start, ToPixels, Trajectory, TwoHot
+from agent import WorldModel, lambda_return, make_optimizer, sample, take_step
 from buffer import Batch, Folder, Mistake, Replay, draw
 from drama import Dot, GymnasiumGame, make_gymnasium, rgb
 
@@ -1078,6 +1078,22 @@ def test_statistics_of_a_million_pixels_are_as_exact_as_those_of_a_few():
     close(norm.running_var, variance, 1e-6)
     close(y, (exact - mean.view(2, 1, 1)) / (variance.view(2, 1, 1) + 1e-5).sqrt(), 1e-5)
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kernel, stride, side", [
+    (8, 4, 16), (4, 2, 3), (6, 2, 5), (6, 3, 4), (5, 1, 6)])
+def test_pixels_of_whole_blocks_are_those_of_the_transposed_convolution(kernel, stride, side):
+    padding = (kernel - 1) // 2
+    sizes = 5, 3, kernel, stride, padding, stride + 2 * padding - kernel
+    ours, theirs = (kind(*sizes).double() for kind in (ToPixels, torch.nn.ConvTranspose2d))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 5, side, side, dtype=torch.float64, requires_grad=True)
+    gy, results = torch.randn(2, 3, stride * side, stride * side, dtype=torch.float64), []
+    for conv in (ours, theirs):
+        y = conv(x)
+        results.append([y, *torch.autograd.grad(y, [x, conv.weight, conv.bias], gy)])
+    for got, truth in zip(*results, strict=True):
+        close(got, truth, 1e-12)
 
 
 @pytest.mark.parametrize("kernel, stride", [(5, 1), (5, 2), (4, 2), (3, 2), (7, 4), (5, 4), (8, 4),
