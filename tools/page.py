@@ -507,6 +507,7 @@ UNSEEN, PLAYED, DREAMT, TIMES = 60, 15, 45, 2  # steps: left out; in the game; i
 def film(agent: Agent, path: Path):
     """The agent in its game and, framed in red, in a dream that begins where the game is and goes
     on beside it with the same actions."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     here, frames = Session(agent, agent.worlds[0]), []
     for _ in range(UNSEEN):
         here.step(None)

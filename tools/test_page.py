@@ -424,8 +424,9 @@ def test_it_says_where_it_is_opens_a_browser_and_ends_at_ctrl_c(run_folder, monk
 def test_the_film_shows_game_and_dream_in_turn(run_folder, tmp_path, monkeypatch, capsys):
     for name, steps in dict(UNSEEN=2, PLAYED=2, DREAMT=3, TIMES=2).items():
         monkeypatch.setattr(page, name, steps)
-    assert page.main([str(run_folder), "--film", str(tmp_path / "film.png")]) == 0
-    chunks = list(png_chunks(tmp_path / "film.png"))
+    path = tmp_path / "new" / "film.png"
+    assert page.main([str(run_folder), "--film", str(path)]) == 0
+    chunks = list(png_chunks(path))
     assert struct.unpack(">2I", chunks[0][1][:8]) == (4 * 136, 4 * 68)
     frames = [data[4 * (kind == "fdAT") :] for kind, data in chunks if kind in ("IDAT", "fdAT")]
     pictures = [pixels(data, 4 * 68, 4 * 136)[::4, ::4] for data in frames]
