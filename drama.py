@@ -1051,6 +1051,8 @@ def open_player(path: Path, flags: dict, command: str, games: int | None, act_on
     s, player, state = load_player(path, s.device, games or s.eval_episodes, act_on,
                                    eval_episodes=s.eval_episodes)
     if out != path:
+        if (out / "settings.json").exists() and not out.samefile(path):
+            raise Mistake(f"{out} holds a run of its own: --out DIR names another place.")
         out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise Mistake(f"{out} cannot be written to, and {command} leaves its result there: "

@@ -3281,6 +3281,15 @@ def test_an_exported_agent_plays_like_its_run(kind, result, exported, run_folder
     assert beside.read_bytes() == (run_folder / result).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["--eval", "--watch"])
+def test_results_of_another_do_not_go_into_a_run(kind, exported, run_folder, tmp_path, capsys):
+    beside = exported.rename(run_folder.with_suffix(".pt"))
+    refused(capsys, run_folder, [kind, str(beside)], "holds a run of its own.*--out DIR")
+    refused(capsys, run_folder, [kind, str(beside), "--out", str(run_folder)], "--out DIR")
+    assert drama.main([kind, str(beside), "--out", str(tmp_path / "out")]) == 0
+    assert drama.main([kind, str(run_folder), "--out", f"{run_folder}/"]) == 0
+
+
 def test_an_agent_is_exported_again_as_it_was(exported, tmp_path):
     again = tmp_path / "again.pt"
     for _ in range(2):  # the second takes the place of the first
