@@ -2,11 +2,12 @@
 # torch 2.13.0 on an x86-64 CPU: a transposed convolution to 1 channel takes as long as one to 16.
 #
 # oneDNN, which runs it, makes 16 channels at a time and throws away those that are not wanted
-# (ONEDNN_VERBOSE=1 shows the blocks; 17 channels take 1.6 times as long as 16). So the last layer of a decoder of pictures, 32 channels to 3 or 1, is the dearest of all, though its
-# arithmetic is the least. Where the kernel is a multiple of the stride, the same numbers come from
-# conv2d of the small picture, with stride^2 times as many channels, and pixel_shuffle: all pixels
-# of a block at once. For 1 channel that takes a seventh of the time, for 3 two fifths; from 16
-# channels on it is the slower way.
+# (ONEDNN_VERBOSE=1 shows the blocks; 17 channels take 1.6 times as long as 16). So the last layer
+# of a decoder of pictures, 32 channels to 3 or 1, is the dearest of all, though its arithmetic is
+# the least. Where the kernel is a multiple of the stride, the same numbers come from conv2d of the
+# small picture, with stride^2 times as many channels, and pixel_shuffle: all pixels of a block at
+# once. For 1 channel that takes a seventh of the time, for 3 two fifths; from 16 channels on it is
+# the slower way.
 #
 # Times are the best of 20. Seen with Python 3.11 on Linux, AMD Zen 4, float32, channels last: 13.6,
 # 13.8 and 16.7 ms to 1, 3 and 16 channels; by blocks 1.6 and 5.6 ms to 1 and 3; bfloat16: 9.3, 9.5
