@@ -145,20 +145,21 @@ class ToImage(nn.Module):
 
 
 class ToPixels(nn.ConvTranspose2d):
-    """Equal to its base for kernels of two strides or more whole ones: one convolution makes all
-    pixels of a block, a stride a side, at once. For 3 channels that halves the time on a CPU.
+    """Equal to its base, for kernels of two strides: one convolution of 2 x 2 makes all pixels of a
+    block, a stride a side, at once. For 3 channels that takes a CPU half the time.
 
-    Pixel s j + r of a row is sum_q x[j - q] weight[s q + r]. Source: Shi et al. (arXiv 1609.05158).
+    Pixel s j + r of a row is x[j] weight[r] + x[j - 1] weight[s + r], and the bias. Source: Shi et
+    al. (arXiv 1609.05158).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        s, reach = self.stride[0], self.kernel_size[0] // self.stride[0]
-        weight = self.weight.unflatten(3, (reach, s)).unflatten(2, (reach, s)).flip(2, 4)
-        weight = weight.permute(1, 3, 5, 0, 2, 4).reshape(-1, len(weight), reach, reach)
-        y = F.conv2d(x, weight, self.bias.repeat_interleave(s * s), padding=reach - 1)
+        s, first, side = self.stride[0], self.padding[0], x.shape[-1]
+        weight = self.weight.unflatten(3, (2, s)).unflatten(2, (2, s)).flip(2, 4)
+        weight = weight.permute(1, 3, 5, 0, 2, 4).reshape(-1, self.in_channels, 2, 2)
+        y = F.conv2d(x, weight, self.bias.repeat_interleave(s * s), padding=1)
         y = y.unflatten(1, (-1, s, s)).permute(0, 1, 4, 2, 5, 3)  # (B, C, rows, s, columns, s)
-        sides = slice(self.padding[0], self.padding[0] + s * x.shape[-1])
-        return y.flatten(4, 5).flatten(2, 3)[..., sides, sides]
+        y = y.flatten(4, 5).flatten(2, 3)
+        return y[..., first:first + s * side, first:first + s * side]
 
 
 def encoder(channels: list[int], strides: list[int], kernels: list[int]) -> nn.Sequential:
@@ -185,8 +186,7 @@ def decoder(d_input: int, channels: list[int], strides: list[int], kernels: list
     for before, after, stride, kernel in zip(*mirrored):
         padding = (kernel - 1) // 2
         extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
-        whole = kernel > stride and kernel % stride == 0
-        kind = ToPixels if after == 3 and whole else nn.ConvTranspose2d
+        kind = ToPixels if after == 3 and kernel == 2 * stride else nn.ConvTranspose2d
         conv = kind(before, after, kernel, stride, padding, output_padding=extra)
         blocks += [BatchNorm(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)

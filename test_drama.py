@@ -1080,10 +1080,9 @@ def test_statistics_of_a_million_pixels_are_as_exact_as_those_of_a_few():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("kernel, stride, side", [
-    (8, 4, 16), (4, 2, 3), (6, 2, 5), (6, 3, 4), (5, 1, 6)])
-def test_pixels_of_whole_blocks_are_those_of_the_transposed_convolution(kernel, stride, side):
-    padding = (kernel - 1) // 2
+@pytest.mark.parametrize("stride, side", [(4, 16), (2, 3), (3, 4), (8, 1)])
+def test_pixels_by_the_block_are_those_of_the_transposed_convolution(stride, side):
+    kernel, padding = 2 * stride, stride - 1
     sizes = 5, 3, kernel, stride, padding, stride + 2 * padding - kernel
     ours, theirs = (kind(*sizes).double() for kind in (ToPixels, torch.nn.ConvTranspose2d))
     ours.load_state_dict(theirs.state_dict())
