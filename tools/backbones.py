@@ -11,8 +11,6 @@ times are medians. Memory is the most that was allocated at a time, on top of we
 """
 
 import argparse
-import csv
-import io
 import itertools
 import os
 import sys
@@ -25,9 +23,10 @@ import drama  # before torch: it sets that up
 import numpy as np
 import torch
 from agent import keep_freed_memory
-from buffer import Mistake, write_file
+from buffer import Mistake
 from scan import BACKBONES, SequenceModel
 from tools.bench import wait
+from tools.compare import write_rows
 from tools.curves import COLOURS, own_picture, text, write_picture
 from torch.profiler import ProfilerActivity, profile
 
@@ -234,12 +233,8 @@ def run_command(argv: list[str]):
     print(f"{device}, {s.precision}, {torch.get_num_threads()} threads, width {WIDTH}, {TOKENS:,} "
           f"tokens at every length; medians of {REPEATS}, of {STEPS} steps of play")
     print_tables(rows)
-    sheet = io.StringIO(newline="")
-    writer = csv.DictWriter(sheet, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     draw(rows, path)
-    write_file(table, sheet.getvalue().encode())
+    write_rows(table, rows)
     print(f"\n{path} and {table.name}")
 
 

@@ -166,11 +166,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
-def add_row(path: Path, row: dict):
-    table, text = [*read_rows(path), row], io.StringIO(newline="")
-    writer = csv.DictWriter(text, dict.fromkeys(name for row in table for name in row))
+def write_rows(path: Path, rows: list[dict]):
+    text = io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows(rows)
     write_file(path, text.getvalue().encode())
 
 
@@ -197,7 +198,7 @@ def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.
             take_turns(trials, part, learn, seconds)
         for run, row in trials:
             row |= figures(run, held_out)
-            add_row(path, row)
+            write_rows(path, [*read_rows(path), row])
     return found
 
 

@@ -18,7 +18,6 @@ if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C while torch is being loade
 
 import csv
 import functools
-import io
 import multiprocessing
 import sys
 import time
@@ -31,6 +30,7 @@ import ale_py
 import drama  # before numpy: it sets up torch
 import numpy as np
 from buffer import Mistake, known_scores, write_file
+from tools.compare import write_rows
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "emulator.csv"
@@ -295,11 +295,7 @@ def write(path: Path, rows: dict[str, dict]):
     table = [shown, ["---"] * len(shown)] + [[str(row[name]) for name in shown] for row in rows]
     text = TEXT % (" or ".join(sorted({row["versions"] for row in rows})),
                    "".join(f"| {' | '.join(line)} |\n" for line in table))
-    sheet = io.StringIO()
-    writer = csv.DictWriter(sheet, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, sheet.getvalue().encode())
+    write_rows(path, rows)
     write_file(path.with_suffix(".md"), text.encode())
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from buffer import Mistake
 from scan import BACKBONES, SequenceModel
-from tools.compare import add_row, read_rows
+from tools.compare import read_rows, write_rows
 from torch import nn
 
 SIDE, CELLS, FRAME, WALLS = 5, 25, 26, 6
@@ -167,7 +167,8 @@ def compare(backbones: list[str], updates: int, seeds: int, device):
     for seed, backbone, length in itertools.product(range(seeds), backbones, LENGTHS):
         key = dict(backbone=backbone, seed=seed, length=length, updates=updates)
         if not rows_of(**key):
-            add_row(PATH, key | trained(**key, device=device))
+            row = key | trained(**key, device=device)
+            write_rows(PATH, [*read_rows(PATH), row])  # others may have written meanwhile
 
 
 def rows_of(**key) -> list[dict[str, str]]:

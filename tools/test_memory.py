@@ -179,9 +179,7 @@ def test_a_row_is_made_once_and_the_table_holds_the_means(tiny, capsys):
     assert made[WRONG] == once[1][WRONG] and made["parameters"] == int(once[1]["parameters"])
     tiny.setattr(memory, "trained", lambda **key: {WRONG: "30", BACK: "7"})
     once[0][WRONG], once[0][BACK] = "20", "5"
-    memory.PATH.unlink()
-    for row in once:
-        memory.add_row(memory.PATH, row)
+    memory.write_rows(memory.PATH, once)
     capsys.readouterr()
     assert memory.main(asked) == 0
     twice = memory.read_rows(memory.PATH)
