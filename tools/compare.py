@@ -162,6 +162,12 @@ def figures(run: drama.Run, held_out: Replay) -> dict[str, str]:
 ABOUT = ("variant", "replay", "seed", "seconds", "settings", "steps", "commit")  # no figures
 
 
+def this_commit() -> str:
+    """Seven digits, and what follows them if the checkout was changed; nothing outside one."""
+    commit = versions()["commit"] or ""
+    return commit[:7] + commit[40:]
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
@@ -180,7 +186,7 @@ def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.
     """Make the rows that are not there, on the replay of this name -> variant: a row a seed."""
     (frozen, held_out), found = split(steps), {variant: [] for variant in variants}
     digest = sha256(b"".join(steps[column].tobytes() for column in SCHEMA))[:8]
-    commit = versions()["commit"] or ""
+    commit = this_commit()
     for seed in range(seeds):
         trials = []
         for variant, s in variants.items():
@@ -189,7 +195,7 @@ def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.
             key = dict(settings=settings, steps=digest, seed=str(seed), seconds=str(seconds))
             row = next((row for row in read_rows(path) if key.items() <= row.items()), None)
             if not row:
-                row = dict(variant=variant, replay=name, **key, commit=commit[:7] + commit[40:])
+                row = dict(variant=variant, replay=name, **key, commit=commit)
                 run = drama.Run(replace(s, seed=seed, steps=frozen.length), torch.device("cpu"))
                 run.replay.columns, run.replay.length = frozen.columns, frozen.length
                 trials.append((run, row))

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from buffer import Mistake
 from scan import BACKBONES, SequenceModel
-from tools.compare import read_rows, write_rows
+from tools.compare import read_rows, this_commit, write_rows
 from torch import nn
 
 SIDE, CELLS, FRAME, WALLS = 5, 25, 26, 6
@@ -164,10 +164,11 @@ def trained(backbone: str, seed: int, length: int, updates: int, device) -> dict
 
 def compare(backbones: list[str], updates: int, seeds: int, device):
     """Train and judge every backbone with every seed, and write a row as soon as it is there."""
+    commit = this_commit()
     for seed, backbone, length in itertools.product(range(seeds), backbones, LENGTHS):
         key = dict(backbone=backbone, seed=seed, length=length, updates=updates)
         if not rows_of(**key):
-            row = key | trained(**key, device=device)
+            row = key | trained(**key, device=device) | dict(commit=commit)
             write_rows(PATH, [*read_rows(PATH), row])  # others may have written meanwhile
 
 
@@ -177,10 +178,11 @@ def rows_of(**key) -> list[dict[str, str]]:
 
 
 def mean(backbone: str, length: int, updates: int) -> dict[str, float]:
-    """The errors of the models there are, with any seed; NaN if there is none."""
+    """The errors of the models there are, NaN if there is none, and how many seeds they had."""
     found = rows_of(backbone=backbone, length=length, updates=updates)
-    found = found or [dict.fromkeys(FIGURES, "nan")]
-    return {name: float(np.mean([float(row[name]) for row in found])) for name in FIGURES}
+    figures = found or [dict.fromkeys(FIGURES, "nan")]
+    return dict(seeds=len(found)) | {
+        name: float(np.mean([float(row[name]) for row in figures])) for name in FIGURES}
 
 
 def report(updates: int):
@@ -190,11 +192,12 @@ def report(updates: int):
     print(f"Wrong tokens of the last {FORESEEN} frames, %, after {updates:,} updates: of all, and "
           f"of the cells that come back\ninto view. The paper's world is not public: the top of "
           "tools/memory.py says what was guessed.\n\n" + f"{'tokens':<34}"
-          + "".join(f"{length:>8,}    back   paper" for length in LENGTHS))
+          + "".join(f"{length:>8,}    back   paper   seeds" for length in LENGTHS))
     for name in columns[0]:
         cells = []
         for column, paper in zip(columns, PAPER.get(name, ("", ""))):
-            cells += [*(f"{column[name][figure]:.1f}" for figure in FIGURES), paper]
+            figures = [f"{column[name][figure]:.1f}" for figure in FIGURES]
+            cells += [*figures, paper, column[name].get("seeds", "")]
         print(f"{name:<34}" + "".join(f"{cell:>8}" for cell in cells).replace("nan", "  -"))
 
 

@@ -1,6 +1,7 @@
 """The memory's instrument: a world that one can walk through by hand, and errors one can count."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -185,7 +186,9 @@ def test_a_row_is_made_once_and_the_table_holds_the_means(tiny, capsys):
     twice = memory.read_rows(memory.PATH)
     assert twice[:2] == once and [row["seed"] for row in twice] == list("0011")
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("mamba2"))
-    assert line.split()[1:4] == ["25.0", "6.0", "15.6"] and line.endswith("14.2")
+    assert line.split()[1:5] == ["25.0", "6.0", "15.6", "2"]  # so many seeds
+    assert line.split()[7:] == ["14.2", "2"]
+    assert re.fullmatch("([0-9a-f]{7}(-dirty)?)?", twice[2]["commit"])
 
 
 @pytest.mark.parametrize("argv, says", [
