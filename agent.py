@@ -133,15 +133,26 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(x.contiguous()).contiguous(memory_format=image_layout(x.device))
 
 
+class ToCells(nn.Module):
+    """(B, C, side, side) -> (B, cells, features): side * side cells, or the image as one."""
+
+    def __init__(self, cells: int):
+        super().__init__()
+        self.cells = cells
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).unflatten(1, (-1, self.cells)).mT
+
+
 class ToImage(nn.Module):
-    """(B, C * side * side) -> (B, C, side, side) in the layout of images."""
+    """(B, cells, features) -> (B, C, side, side) in the layout of images."""
 
     def __init__(self, channels: int, side: int):
         super().__init__()
         self.shape = channels, side, side
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, self.shape).contiguous(memory_format=image_layout(x.device))
+        return x.mT.reshape(-1, *self.shape).contiguous(memory_format=image_layout(x.device))
 
 
 class ToPixels(nn.ConvTranspose2d):
@@ -162,9 +173,9 @@ class ToPixels(nn.ConvTranspose2d):
         return y[..., first:first + s * side, first:first + s * side]
 
 
-def encoder(channels: list[int], strides: list[int], kernels: list[int]) -> nn.Sequential:
-    """Frames (B, 3, 64, 64) -> (B, channels[-1] * side * side). Raises ValueError for lists that do
-    not fit each other or the frames."""
+def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int):
+    """Frames (B, 3, 64, 64) -> features (B, cells, channels[-1] * side * side / cells). Raises
+    ValueError for lists that do not fit each other or the frames."""
     if len(channels) != len(strides) or 64 % math.prod(strides):
         raise ValueError("channels and strides need one number for each convolution, and the "
                          "product of the strides must divide 64")
@@ -176,12 +187,14 @@ def encoder(channels: list[int], strides: list[int], kernels: list[int]) -> nn.S
     for before, after, stride, kernel in zip([3] + channels, channels, strides, kernels):
         conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
         blocks += [conv, BatchNorm(after), nn.SiLU()]
-    return nn.Sequential(*blocks, nn.Flatten())
+    return nn.Sequential(*blocks, ToCells(cells))
 
 
-def decoder(d_input: int, channels: list[int], strides: list[int], kernels: list[int], side: int):
-    """The encoder mirrored: (B, d_input) -> logits of frames (B, 3, 64, 64)."""
-    blocks = [nn.Linear(d_input, channels[-1] * side * side), ToImage(channels[-1], side)]
+def decoder(d_input: int, d_cell: int, channels: list[int], strides: list[int], kernels: list[int],
+            side: int):
+    """The encoder mirrored: (B, cells, d_input) -> d_cell features each -> logits of frames
+    (B, 3, 64, 64)."""
+    blocks = [nn.Linear(d_input, d_cell), ToImage(channels[-1], side)]
     mirrored = (part[::-1] for part in (channels, [3] + channels[:-1], strides, kernels))
     for before, after, stride, kernel in zip(*mirrored):
         padding = (kernel - 1) // 2
@@ -245,22 +258,28 @@ class WorldModel(nn.Module):
     """Discrete autoencoder, sequence model, and heads for what comes next.
 
     `harmony` learns one weight for each of the image, reward and latent losses (HarmonyDream,
-    equation 6); `event_weights` looks closer at the few pixels that moved.
+    equation 6); `event_weight` looks closer at the few pixels that moved. `local` latents belong to
+    the cells of the encoder's last image: categoricals of all of it overlook a small ball.
     """
 
     def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernels: list[int],
                  groups: int, classes: int, d_model: int, layers: int, backbone: str,
                  d_state: int, head_dim: int, length: int, dropout: float, head_hidden: int,
                  unimix: float, free_nats: float, representation_scale: float, harmony: bool,
-                 event_weights: bool, size: int = 64):
+                 event_weight: float, local: bool, size: int = 64):
         super().__init__()
         self.actions, self.groups, self.classes = actions, groups, classes
         self.unimix, self.free_nats = unimix, free_nats
-        self.representation_scale, self.event_weights = representation_scale, event_weights
+        self.representation_scale, self.event_weight = representation_scale, event_weight
         d_latent, side = groups * classes, size // math.prod(strides)
-        self.encoder = encoder(channels, strides, kernels)
-        self.posterior_head = nn.Linear(channels[-1] * side * side, d_latent)
-        self.decoder = decoder(d_latent, channels, strides, kernels, side)
+        self.cells = side**2 if local else 1
+        if groups % self.cells:
+            raise ValueError(f"local latents need {self.cells} groups, or a multiple: as many for "
+                             "each cell of the encoder's last image")
+        self.encoder = encoder(channels, strides, kernels, self.cells)
+        d_cell, d_features = d_latent // self.cells, channels[-1] * side**2 // self.cells
+        self.posterior_head = nn.Linear(d_features, d_cell)
+        self.decoder = decoder(d_cell, d_features, channels, strides, kernels, side)
         self.sequence = SequenceModel(d_latent + actions, d_model, layers=layers, dropout=dropout,
                                       backbone=backbone, d_state=d_state, head_dim=head_dim,
                                       length=length)
@@ -281,7 +300,7 @@ class WorldModel(nn.Module):
 
     def posterior(self, image: Tensor) -> Tensor:
         """Images (B, 3, size, size) -> probabilities of z (B, K, C)."""
-        logits = self.posterior_head(self.encoder(image))
+        logits = self.posterior_head(self.encoder(image)).flatten(1)  # (B, cells, ...) -> (B, Z)
         return mixed_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
 
     @torch.no_grad()
@@ -304,29 +323,29 @@ class WorldModel(nn.Module):
         """Latents, indices (B, K) or one-hot (B, K, C) -> images (B, 3, size, size) in [0, 1]."""
         if not latent.is_floating_point():
             latent = one_hot(latent, self.classes)
-        return self.decoder(latent.flatten(-2)).float().sigmoid()
+        return self.decoder(latent.flatten(1).unflatten(1, (self.cells, -1))).float().sigmoid()
 
     def image_loss(self, image: Tensor, batch) -> Tensor:
         """Squared error of images (B * L, 3, size, size), summed over the pixels of a step -> mean.
 
-        A small ball is lost in a plain sum over the pixels. With `event_weights`, where a few
-        pixels, under 5 %, have moved since the frame before, the still ones count half.
+        A small ball is lost in a plain sum over the pixels. Where a few pixels, under 5 %, have
+        moved since the frame before, still ones count half and these `event_weight` times that.
         """
         frame = batch.frame.flatten(0, 1).permute(0, 3, 1, 2)
         target = torch.empty_like(image).copy_(frame) / 255  # in float32 (D7), and in its layout
         error = F.mse_loss(image, target, reduction="none")
-        if self.event_weights:
+        if self.event_weight > 1:
             error = error * self.pixel_weights(batch.frame, batch.first).unsqueeze(1)
         return error.sum() / len(error)
 
     def pixel_weights(self, frame: Tensor, first: Tensor) -> Tensor:
-        """Frames (B, L, size, size, 3) -> weight of every pixel (B * L, size, size), 1 or 0.5."""
+        """Frames (B, L, size, size, 3) -> weight of every pixel (B * L, size, size)."""
         red, green, blue = frame.unbind(-1)
         grey = red.short() + green + blue  # (B, L, size, size): three times the grey level
         moved = ((grey[:, 1:] - grey[:, :-1]).abs() > 3 * 16).float()
         share = moved.mean((-2, -1))
         few = (share > 0) & (share < 0.05) & ~first[:, 1:]
-        weight = torch.where(few[..., None, None], 0.5 + 0.5 * moved, 1.0)
+        weight = torch.where(few[..., None, None], 0.5 + 0.5 * (self.event_weight - 1) * moved, 1.0)
         return F.pad(weight, (0, 0, 0, 0, 1, 0), value=1.0).flatten(0, 1)
 
     def loss(self, batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:

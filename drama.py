@@ -56,7 +56,7 @@ from buffer import versions, write_json, write_png
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # Presets are what departs from `paper`, the defaults below
-OURS = dict(harmony=True, event_weights=True, policy_unimix=0.01, entropy=1e-3, dream_from="batch",
+OURS = dict(harmony=True, event_weight=2.0, policy_unimix=0.01, entropy=1e-3, dream_from="batch",
             replay_critic=0.3)
 PRESETS = {
     "paper": {},
@@ -134,7 +134,8 @@ class Settings:
     free_nats: float = setting(1.0, "KL of a step that costs nothing, nats (paper, eq. 7)")
     representation_scale: float = setting(0.1, "weight of L_rep (paper, eq. 6)")
     harmony: bool = setting(False, "learn the weights of the model's losses (H)")
-    event_weights: bool = setting(False, "halve the image loss of still pixels if few move (ours)")
+    event_weight: float = setting(1.0, "pixels that move, if few, over still ones (ours)", low=1)
+    local: bool = setting(False, "give every cell of the encoder its own latents (ours)")
     # Dreams
     dream_from: str = setting("contexts", "where dreams begin: after windows of their own (paper), "
                               "in the model's batch (ours)", choices=("contexts", "batch"))
@@ -285,7 +286,7 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
             backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, length=s.length,
             dropout=s.dropout, head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
             representation_scale=s.representation_scale, harmony=s.harmony,
-            event_weights=s.event_weights)
+            event_weight=s.event_weight, local=s.local)
     except ValueError as error:  # sizes that do not fit each other
         raise Mistake(f"{error}.") from None
     agent = ActorCritic(
@@ -540,7 +541,9 @@ def restore(run: Run, state: dict):
 
 
 def settings_of(manifest: dict) -> Settings:
-    saved, known = manifest["settings"], {f.name for f in fields(Settings)}
+    saved, known = dict(manifest["settings"]), {f.name for f in fields(Settings)}
+    if "event_weights" in saved:  # until November 2026 it was a switch
+        saved["event_weight"] = 1.0 + saved.pop("event_weights")
     if unknown := set(saved) - known:
         raise Mistake(f"the run was made with {flag(min(unknown))}, which this version does not "
                       "have: go on with the version that made it.")

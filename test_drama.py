@@ -747,7 +747,7 @@ def tiny_model(actions=4, **changes):
     sizes = dict(channels=[4, 4], strides=[4, 4], kernels=[5, 5], groups=4, classes=4, d_model=16,
                  layers=2, backbone="mamba2", d_state=4, head_dim=8, length=8, dropout=0.1,
                  head_hidden=8, unimix=0.01, free_nats=1.0, representation_scale=0.1, harmony=False,
-                 event_weights=False)  # fmt: skip
+                 event_weight=1.0, local=False)  # fmt: skip
     return WorldModel(actions, **(sizes | changes)).eval()
 
 
@@ -1106,18 +1106,38 @@ def test_the_decoder_grows_to_the_size_that_the_encoder_saw(kernel, stride):
     assert model.posterior(torch.rand(3, 3, 64, 64)).shape == (3, 4, 4)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_image_loss_and_its_gradient_are_those_of_the_plain_formula(weighted):
-    model, batch = tiny_model(event_weights=weighted), random_batch(2, 3)
+def test_local_latents_tell_of_their_cell_and_paint_it_alone():
+    """With kernels no larger than their strides a cell of 16 x 16 pixels sees no other."""
+    sizes = dict(channels=[4] * 4, strides=[2] * 4, kernels=[2] * 4)
+    model = tiny_model(local=True, groups=32, **sizes)
+    image = torch.rand(1, 3, 64, 64)
+    other = image.clone()
+    other[:, :, 16:32, 32:48] = 1 - other[:, :, 16:32, 32:48]  # row 1, column 2: cell 6 of 16
+    changed = (model.posterior(image) != model.posterior(other)).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [12, 13]
+    z = torch.zeros(1, 32, dtype=torch.long)
+    picture, z[0, 12:14] = model.decode(z), 3
+    changed = (model.decode(z) != picture).any(1)[0]
+    assert changed[16:32, 32:48].any() and changed.sum() == changed[16:32, 32:48].sum()
+    z[0, 2:4] = 3  # each cell by the same weights: here those of row 0, column 1
+    corner = model.decode(z)[..., :16, 16:32]
+    assert torch.equal(corner, model.decode(z)[..., 16:32, 32:48])
+    with pytest.raises(ValueError, match="local latents need 16 groups"):
+        tiny_model(local=True, groups=24)
+
+
+@pytest.mark.parametrize("event_weight", [1.0, 2.0, 9.0])
+def test_the_image_loss_and_its_gradient_are_those_of_the_plain_formula(event_weight):
+    model, batch = tiny_model(event_weight=event_weight), random_batch(2, 3)
     batch.frame[:, 1:] = batch.frame[:, :1]
     batch.frame[:, 1, :8, :8] += 77  # few pixels move
     image = torch.rand(6, 3, 64, 64, requires_grad=True)
     loss = model.image_loss(image, batch)
     target = batch.frame.flatten(0, 1).double().permute(0, 3, 1, 2) / 255
     weight = torch.ones(2, 3, 64, 64, dtype=torch.double)
-    if weighted:
+    if event_weight > 1:
         moved = (batch.frame[:, 1:].double() - batch.frame[:, :-1]).mean(-1).abs() > 16
-        weight[:, 1:] = 0.5 + 0.5 * moved
+        weight[:, 1:] = torch.where(moved, event_weight / 2, 0.5)
     difference = (image.detach() - target) * weight.flatten(0, 1).unsqueeze(1)
     close(loss, (difference * (image.detach() - target)).sum() / 6, 1e-5)
     close(torch.autograd.grad(loss, image)[0], 2 * difference / 6, 1e-5)
@@ -1184,17 +1204,18 @@ def test_T2_a_window_is_scanned_as_if_each_episode_stood_alone():
     close(features[0][0, 3:], alone[0])
 
 
-def test_event_weights_halve_still_pixels_where_few_moved():
+@pytest.mark.parametrize("event_weight", [2.0, 9.0])
+def test_event_weights_halve_still_pixels_where_few_moved(event_weight):
     frame = torch.zeros(1, 6, 64, 64, 3, dtype=torch.uint8)
     frame[0, 1:, :10, :10] = 17  # 2.4 % move, by 17: counts
     frame[0, 2:, 20:50, 20:50] = 255  # 22 % move: too many
     frame[0, 4:, :10, 50:60] = 16  # by 16 only: still
     frame[0, 5, 60:, 60:] = 99  # 0.4 %, but the first frame of an episode
     first = torch.tensor([[True, False, False, False, False, True]])
-    weight = tiny_model().pixel_weights(frame, first).view(6, 64, 64)
+    weight = tiny_model(event_weight=event_weight).pixel_weights(frame, first).view(6, 64, 64)
     expected = torch.ones(6, 64, 64)
     expected[1] = 0.5
-    expected[1, :10, :10] = 1
+    expected[1, :10, :10] = event_weight / 2
     assert torch.equal(weight, expected)
 
 
@@ -2638,11 +2659,10 @@ CHANGED = dict(
     device="cpu", threads=1, precision="bfloat16", replay_device="cpu", save_minutes=7.5,
     log_every=3, eval_episodes=1, learning_starts=33, train_every=5,
     sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
-    kernel=(7, 4), groups=3, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
+    kernel=(7, 4), groups=16, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
-    harmony=False, event_weights=False, dream_from="contexts", dreams=5, context=4, horizon=3,
-    actor_hidden=12,
-    critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002, policy_unimix=0.02,
+    harmony=False, event_weight=1.5, local=True, dream_from="contexts", dreams=5, context=4,
+    horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002, policy_unimix=0.02,
     slow_decay=0.9, range_decay=0.8, optimizer="laprop", model_lr=0.002, agent_lr=0.003,
     warmup_updates=6, eps=1e-12, model_max_grad_norm=50.0, agent_max_grad_norm=60.0)  # fmt: skip
 WHERE_THEY_MEAN_SOMETHING = dict(  # and CHANGED makes them mean nothing
@@ -4080,7 +4100,9 @@ def test_a_save_of_format_1_loads_for_ever(tiny, tmp_path):
     for name, value in old["player"].items():
         assert digest(tree_leaves(now[name])) == digest(tree_leaves(value))
     assert new.tables == dict(metrics=old["logs"]["metrics"].replace("balance_", "harmony_"))
-    for name, value in json.loads((folder / "settings.json").read_text()).items():
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings.pop("event_weights") and run.settings.event_weight == 2  # once a switch
+    for name, value in settings.items():
         now = getattr(run.settings, buffer.RENAMED.get(name, name))
         assert now == ((5,) if name == "kernel" else tuple(value) if name in ("channels", "strides")
                        else value)
