@@ -6,9 +6,11 @@ Five fresh episodes are played, with seeds that neither training nor evaluation 
 begin dreams, after half a window of real frames, that take the recorded actions. After 1, 5 and 15
 steps: errors, of 255, of the frames and of the pixels that moved; how many of these move in the
 dream; KL; rewards and ends, counted over all steps of the dreams, which overlap; and by what factor
-the squared error grows if dreams exchange their actions. Then open-loop drift, the error of longer
-dreams after four real frames; the KL by the age of the play state; how well the value agrees with
-the return that followed; and the policy's entropy.
+the squared error grows if dreams exchange their actions. Then how much of what moves the model sees
+at all: of the change from frame to frame, the share that the reconstructions show, by how many of
+the 4,096 pixels moved. A ball is two of them, and may be missing where all else is well. Then
+open-loop drift, the error of longer dreams after four real frames; the KL by the age of the play
+state; how well the value agrees with the return that followed; and the policy's entropy.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from buffer import Batch, Mistake, Replay, versions, write_file, write_json, wri
 EPISODES, LIMIT = 5, 2000  # and the most steps of each
 DREAMT = (1, 5, 15)  # steps into a dream
 EVERY, AT_MOST, AT_ONCE = 4, 512, 32  # steps between dreams; dreams; how many of them together
+MOVED, PAIRS = (8, 64, 512, 4096), 2048  # pixels that move, at most; pairs of frames
 DRIFT, BURN_IN, STARTS, SAMPLES = (1, 5, 15, 50), 4, 32, 4  # as others measure it: open_loop_drift
 
 
@@ -176,6 +179,24 @@ def judge(player: Player, replay: Replay, steps=DREAMT) -> tuple[np.ndarray, dic
 
 
 @torch.no_grad()
+def change_shown(model: WorldModel, replay: Replay, device) -> dict[int, float]:
+    """So many pixels moved at most -> share of their change that the reconstructions show, %: 0 for
+    what they leave out, 100 for what they show as it is, NaN where nothing moved so."""
+    after, sums = np.flatnonzero(~replay["first"].numpy()), torch.zeros(2, len(MOVED))
+    after = after[:: -(-len(after) // PAIRS) or 1]
+    for at in range(0, len(after), 8 * AT_ONCE):
+        image, before = (model.images(replay.windows(after[at:at + 8 * AT_ONCE] - back, 1, device)
+                                      .frame) for back in (0, 1))
+        shown, hidden = (model.decode(model.posterior(x).argmax(-1)) for x in (image, before))
+        real, guess = (image - before).mean(1), (shown - hidden).mean(1)  # (pairs, 64, 64)
+        moved = (real.abs() > 16 / 255).float()
+        group = torch.bucketize(moved.sum((1, 2)), torch.tensor(MOVED, device=device)).cpu()
+        for row, product in enumerate((guess * real, real * real)):
+            sums[row].index_add_(0, group, (product * moved).sum((1, 2)).cpu())
+    return dict(zip(MOVED, (100 * sums[0] / sums[1]).tolist()))
+
+
+@torch.no_grad()
 def open_loop_drift(player: Player, replay: Replay) -> tuple[list[float], dict[str, np.ndarray]]:
     """STARTS x SAMPLES dreams of 50 steps, or as many as the episodes have room for, that see
     BURN_IN real frames, then actions -> mean squared error of every step, frames in [0, 1], and
@@ -234,6 +255,11 @@ def value_and_return(s: drama.Settings, played: Played) -> dict[str, float]:
                 mean_return=float(np.mean(returns)))
 
 
+def finite(figures: dict) -> dict:
+    """As JSON takes them: None for NaN."""
+    return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
+
+
 def line(name: str, cells) -> str:
     """A row of the table; a figure to compare the one above with stands further in."""
     texts = ("-" if cell != cell else cell if isinstance(cell, str) else
@@ -259,14 +285,14 @@ def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | 
     played = play(s, player)
     replay, reward = played.replay, played.replay["reward"].numpy().astype(float)
     starts, table = judge(player, replay)
+    shown = change_shown(player.model, replay, player.d_past.device)
     drift, arrays = open_loop_drift(player, replay)
     ages, values = kl_by_age(played, player.half), value_and_return(s, played)
     scores = [reward[first:stop].sum() for first, stop in spans(replay)]
     lengths = [stop - first for first, stop in spans(replay)]
-    clean = {k: {name: figure if math.isfinite(figure) else None for name, figure in row.items()}
-             for k, row in table.items()}
     write_json(path.with_suffix(".json"), dict(
-        game=s.game, step=step, dreams=clean, open_loop_drift=drift, kl_by_age=ages, **values,
+        game=s.game, step=step, dreams={k: finite(row) for k, row in table.items()},
+        change_shown=finite(shown), open_loop_drift=drift, kl_by_age=ages, **values,
         entropy=float(played.entropy.mean()), scores=scores, lengths=lengths,
         versions=versions()))
     if npz and drift:
@@ -281,6 +307,8 @@ def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | 
     print(f"{EPISODES} episodes, scores {'; '.join(scores)}; {len(starts)} dreams; errors are of "
           f"255\n\n{line('steps of a dream', DREAMT)}")
     print(*(line(name, (table[k][name] for k in DREAMT)) for name in table[1]), sep="\n")
+    print("", line("pixels that move, up to", MOVED),
+          line("of their change shown, %", shown.values()), sep="\n")
     print_drift(drift, npz)
     if ages:
         print("", line("age of the play state, steps", ages), line("KL, nats", ages.values()),

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from agent import Player
 from buffer import SCHEMA, Folder, Mistake, Replay, in_one_sentence, sha256, versions, write_file
-from tools.check import EPISODES, judge, play, value_and_return
+from tools.check import EPISODES, change_shown, judge, play, value_and_return
 
 STEPS = 10_000
 TURN = 3  # core-seconds
@@ -151,6 +151,8 @@ def figures(run: drama.Run, held_out: Replay) -> dict[str, str]:
     s = run.settings
     _, table = judge(Player(run.model, run.agent, 1, OLDEST), held_out, DREAMT)
     found = {f"{name} @{k}": figure for k, row in table.items() for name, figure in row.items()}
+    found |= {f"change shown, %, up to {n} pixels": figure
+              for n, figure in change_shown(run.model, held_out, run.device).items()}
     played = play(s, drama.make_player(s, run.model, run.agent, EPISODES))
     score = float(played.replay["reward"].sum()) / EPISODES
     found |= dict(score=score, entropy=played.entropy.mean(), **value_and_return(s, played))

@@ -135,6 +135,29 @@ def test_dreams_are_spread_evenly_if_there_are_too_many(monkeypatch):
     assert dream.z[0].tolist() == [2, 14, 26]  # together what was dreamt two at a time
 
 
+def test_what_the_reconstructions_leave_out_shows_by_its_size(monkeypatch):
+    """A ball of 4 pixels that they lack, a block of 400 that they show at half its brightness."""
+    monkeypatch.setattr(check, "AT_ONCE", 1)
+    real, shown = torch.zeros(2, 6, 64, 64, 3, dtype=torch.uint8)
+    for t in range(6):
+        real[t, 9, 9] = t  # tells the frames apart, and does not count as moving
+    real[1::2, 20:22, 30:32] = 200
+    real[3:, 40:60, 40:60], shown[3:, 40:60, 40:60] = 100, 50
+    shown[3:, 20:22, 30:32] = 80  # as it comes and goes they do not change: it is not shown
+    replay = Replay(6)
+    for t, frame in enumerate(real):
+        replay.add(frame=frame.numpy(), action=0, reward=0.0, terminal=False, first=t == 0)
+    model = Oracle()
+    model.posterior = lambda x: torch.nn.functional.one_hot((255 * x[:, 0, 9, 9]).round().long(), 6)
+    model.decode = lambda z: model.images(shown[z])
+    found = check.change_shown(model, replay, torch.device("cpu"))
+    # 0 -> 1, 1 -> 2, 3 -> 4, 4 -> 5: the ball alone; 2 -> 3: ball and block
+    assert list(found) == [8, 64, 512, 4096] and found[8] == 0
+    block = (400 * 50 * 100 + 4 * 80 * 200) / (400 * 100**2 + 4 * 200**2)
+    close(found[512], 100 * block, 1e-4)
+    assert math.isnan(found[64]) and math.isnan(found[4096])
+
+
 class Deaf(Oracle):
     """Dreams the same sums plus a noise, but of actions of its own: 2 a step, whatever is done."""
 
