@@ -541,7 +541,7 @@ def restore(run: Run, state: dict):
 
 
 def settings_of(manifest: dict) -> Settings:
-    saved, known = dict(manifest["settings"]), {f.name for f in fields(Settings)}
+    saved, known = manifest["settings"].copy(), {f.name for f in fields(Settings)}
     if "event_weights" in saved:  # until November 2026 it was a switch
         saved["event_weight"] = 1.0 + saved.pop("event_weights")
     if unknown := set(saved) - known:
