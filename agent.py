@@ -328,8 +328,8 @@ class WorldModel(nn.Module):
     def image_loss(self, image: Tensor, batch) -> Tensor:
         """Squared error of images (B * L, 3, size, size), summed over the pixels of a step -> mean.
 
-        A small ball is lost in a plain sum over the pixels. Where a few pixels, under 5 %, have
-        moved since the frame before, still ones count half and these `event_weight` times that.
+        A small ball is lost in a plain sum over the pixels. Where few, under 5 %, have moved since
+        the frame before, still ones count half and these `event_weight` times that (1: all alike).
         """
         frame = batch.frame.flatten(0, 1).permute(0, 3, 1, 2)
         target = torch.empty_like(image).copy_(frame) / 255  # in float32 (D7), and in its layout

@@ -134,7 +134,7 @@ class Settings:
     free_nats: float = setting(1.0, "KL of a step that costs nothing, nats (paper, eq. 7)")
     representation_scale: float = setting(0.1, "weight of L_rep (paper, eq. 6)")
     harmony: bool = setting(False, "learn the weights of the model's losses (H)")
-    event_weight: float = setting(1.0, "pixels that move, if few, over still ones (ours)", low=1)
+    event_weight: float = setting(1.0, "image weight of what moves, if few pixels do (ours)", low=1)
     local: bool = setting(False, "give every cell of the encoder its own latents (ours)")
     # Dreams
     dream_from: str = setting("contexts", "where dreams begin: after windows of their own (paper), "

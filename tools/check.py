@@ -45,6 +45,11 @@ class Played(NamedTuple):
     entropy: np.ndarray  # (steps,) nats, of pi(a | s_t)
 
 
+def moved(image, before):
+    """Images (N, 3, 64, 64), and those a step before -> which pixels moved, (N, 64, 64)."""
+    return (image - before).mean(1).abs() > 16 / 255
+
+
 def spans(replay: Replay) -> list[tuple[int, int]]:
     """The first step of every episode, and the one after its last."""
     opened = np.flatnonzero(replay["first"]).tolist()
@@ -125,9 +130,6 @@ def measure(model: WorldModel, replay: Replay, starts, left, dream: Dream, k: in
     def frames(step):
         return model.images(replay.windows(starts[seen] + step, 1, device).frame)
 
-    def moved(image, before):
-        return (image - before).mean(1).abs() > 16 / 255
-
     def rms(error):  # of 255
         return 255 * error.mean().sqrt().item()
 
@@ -189,10 +191,10 @@ def change_shown(model: WorldModel, replay: Replay, device) -> dict[int, float]:
                                       .frame) for back in (0, 1))
         shown, hidden = (model.decode(model.posterior(x).argmax(-1)) for x in (image, before))
         real, guess = (image - before).mean(1), (shown - hidden).mean(1)  # (pairs, 64, 64)
-        moved = (real.abs() > 16 / 255).float()
-        group = torch.bucketize(moved.sum((1, 2)), torch.tensor(MOVED, device=device)).cpu()
+        moving = moved(image, before)
+        group = torch.bucketize(moving.sum((1, 2)), torch.tensor(MOVED, device=device)).cpu()
         for row, product in enumerate((guess * real, real * real)):
-            sums[row].index_add_(0, group, (product * moved).sum((1, 2)).cpu())
+            sums[row].index_add_(0, group, (product * moving).sum((1, 2)).cpu())
     return dict(zip(MOVED, (100 * sums[0] / sums[1]).tolist()))
 
 
