@@ -406,13 +406,19 @@ RENAMED = dict(  # settings, as flags and in saves, of older versions
     floor="policy_unimix")
 
 
+def in_todays_words(settings: dict) -> dict:
+    """Settings that an older version wrote down, as this one has them."""
+    now = {RENAMED.get(name, name): value for name, value in settings.items()
+           if name != "graphs"}  # of which tools.graphs knows now
+    if isinstance(now.get("kernel"), int):
+        now["kernel"] = [now["kernel"]]
+    if "event_weights" in now:  # once a switch
+        now["event_weight"] = 1.0 + now.pop("event_weights")
+    return now
+
+
 def from_format_1(manifest: dict, state: dict):
-    """A save of format 1 in the words of today, in place."""
-    saved = {RENAMED.get(name, name): value for name, value in manifest["settings"].items()
-             if name != "graphs"}  # of which tools.graphs knows now
-    if isinstance(saved["kernel"], int):
-        saved["kernel"] = [saved["kernel"]]
-    manifest["settings"] = saved
+    """A save of format 1 in the form of today, in place."""
     logs, model = state["logs"], state["learning"]["model"]
     state["scores"] = [float(row.split(",")[1]) for row in logs["episodes"].splitlines()[1:]]
     state["cpu_seconds"] = state["seconds"] * manifest["threads"]  # at most
@@ -426,10 +432,14 @@ def from_format_1(manifest: dict, state: dict):
 @functools.cache
 def versions() -> dict:
     """Of all that a result depends on; with the commit, if this is a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-           "--abbrev=40", "--exclude=*"]
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+        inside = git("rev-parse", "--show-prefix")  # a folder of another repository's checkout
+        describe = "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+        commit = "" if inside else git(*describe)
     except (OSError, subprocess.SubprocessError):
         commit = ""
     packages = {name: version(name) for name in ("torch", "numpy", "gymnasium", "ale-py")}
@@ -598,7 +608,8 @@ class Folder:
         half_written = self.numbered("state", ".pt.tmp") + self.numbered("save", ".json.tmp")
         for path in self.manifests() + self.numbered("state", ".pt") + half_written:
             if path.stem not in kept:
-                path.unlink()
+                with contextlib.suppress(PermissionError):  # Windows, and somebody reads it: later
+                    path.unlink()
 
     def load(self, with_replay: bool = True) -> tuple[dict, dict, dict]:
         """The newest save that is intact: manifest, state, replay files by name; all verified."""

@@ -49,8 +49,8 @@ from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fas
 from agent import keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, Stop, Stopped
 from buffer import command_line, export, human_normalised, in_digits, in_one_sentence
-from buffer import kept_evaluation, known_scores, load_run, mean_and_error, random_play, reason
-from buffer import versions, write_json, write_png
+from buffer import in_todays_words, kept_evaluation, known_scores, load_run, mean_and_error
+from buffer import random_play, reason, versions, write_json, write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -541,9 +541,7 @@ def restore(run: Run, state: dict):
 
 
 def settings_of(manifest: dict) -> Settings:
-    saved, known = manifest["settings"].copy(), {f.name for f in fields(Settings)}
-    if "event_weights" in saved:  # until November 2026 it was a switch
-        saved["event_weight"] = 1.0 + saved.pop("event_weights")
+    saved, known = in_todays_words(manifest["settings"]), {f.name for f in fields(Settings)}
     if unknown := set(saved) - known:
         raise Mistake(f"the run was made with {flag(min(unknown))}, which this version does not "
                       "have: go on with the version that made it.")
@@ -914,9 +912,10 @@ class Parser(argparse.ArgumentParser):
         """The flags given, and no others, by name; old names are understood."""
         today = {flag(no + old): flag(no + new) for old, new in RENAMED.items()
                  for no in ("", "no_")}
-        words = [word.partition("=") for word in argv]
-        given, unknown = self.parse_known_args([today.get(name, name) + equals + value
-                                                for name, equals, value in words])
+        today |= {"--event-weights": "--event-weight=2", "--no-event-weights": "--event-weight=1"}
+        words = [today.get(name, name) + equals + value
+                 for name, equals, value in (word.partition("=") for word in argv)]
+        given, unknown = self.parse_known_intermixed_args(words)
         if unknown:
             word = unknown[0].split("=")[0]
             if tool := MOVED.get(word[2:].removeprefix("no-").replace("-", "_")):
@@ -937,11 +936,12 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     """Preset, then flags; then what was left to the machine is settled for good."""
     device, why = pick_device(flags.get("device", "auto"))
     flags = dict(preset=own_preset(device.type)) | flags
-    s = Settings(**(PRESETS[flags["preset"]] | flags))
-    check(s)
+    check(s := Settings(**(PRESETS[flags["preset"]] | flags)))
     for name, (other, *values) in USELESS.items():
-        if flags.get(name) and (value := getattr(s, other)) in values:
-            raise Mistake(f"{flag(name)} means nothing with {typed(other, value)}: leave it out.")
+        if (now := getattr(s, other)) in values:
+            if flags.get(name):
+                raise Mistake(f"{flag(name)} means nothing with {typed(other, now)}: leave it out.")
+            s = replace(s, **{name: getattr(Settings, name)})  # whatever the preset has
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
     return replace(s, game=game_title(s.game), precision=precision), device, why

@@ -2628,6 +2628,32 @@ def test_a_save_deletes_nothing_that_the_user_put_there(fake, tmp_path):
     assert all((tmp_path / "run" / name).read_text() == "mine" for name in own)
 
 
+def test_an_old_save_that_somebody_reads_goes_with_the_next(fake, tmp_path):
+    """On Windows no file goes while it is open."""
+    def held(path, *_, unlink=Path.unlink):
+        if path.suffix == ".pt" and path.exists():
+            raise PermissionError("in use")
+        unlink(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", held)
+        assert command(tmp_path / "run", "--save-minutes", "0") == 0
+    assert len(list((tmp_path / "run").glob("state-*.pt"))) > 60
+    assert command(tmp_path / "run", "--steps", "65") == 0
+    assert len(list((tmp_path / "run").glob("state-*.pt"))) == 2
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
+def test_the_commit_is_not_that_of_a_checkout_around_us(tmp_path, monkeypatch):
+    (tmp_path / "ours").mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    for folder, known in ((tmp_path / "ours", False), (tmp_path, True)):
+        monkeypatch.setattr(buffer, "__file__", str(folder / "buffer.py"))
+        assert bool(buffer.versions.__wrapped__()["commit"]) == known
+
+
 def test_an_evaluation_of_fewer_episodes_does_not_finish_a_run(fake, tmp_path):
     assert command(tmp_path / "run", "--eval-episodes", "2") == 0
     kept = tmp_path / "run" / "evaluation-000064.json"
@@ -2707,6 +2733,8 @@ def test_flags_of_older_versions_are_understood():
         learning_starts=33, harmony=False, harmony_lr=0.1, model_lr=0.2, agent_lr=0.3,
         model_max_grad_norm=4, agent_max_grad_norm=5, policy_unimix=0.6)
     assert flags_of(["--balance"]) == dict(harmony=True)
+    assert flags_of(["--event-weights"]) == dict(event_weight=2)
+    assert flags_of(["--no-event-weights"]) == dict(event_weight=1)
 
 
 def test_help_names_every_setting_with_the_value_it_has_here(capsys, monkeypatch):
@@ -2876,6 +2904,16 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 ])  # fmt: skip
 def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new"), *flags.split()], says)
+
+
+@pytest.mark.parametrize("flags, name, value", [
+    ("--preset best --dream-from contexts", "replay_critic", 0),
+    ("--preset best", "replay_critic", 0.3),
+    ("--preset laptop --sampling uniform", "tau", 10), ("--preset laptop", "tau", 0.625)])
+def test_what_a_preset_says_in_vain_is_not_said(flags, name, value):
+    flags += " --precision float32 --device cpu"
+    s, *_ = drama.new_settings(flags_of(flags.split()))
+    assert getattr(s, name) == value
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -245,11 +245,13 @@ def run_command(argv: list[str]):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="INT",
                             help=f"({default})")
     parser.add_argument("--replay", metavar="RUN|FILE", help="steps of a run, or what --keep wrote")
-    parser.add_argument("--keep", metavar="FILE", help="write the steps to a file, and end")
+    parser.add_argument("--keep", metavar="FILE.npz", help="write the steps to a file, and end")
     parser.add_settings("laptop", (*GAME[1:], "precision"))
     common = parser.parse(argv) | dict(preset="laptop", device="cpu", threads=1)
     texts, seconds, seeds = (common.pop(name) for name in ("variants", "seconds", "seeds"))
     source, keep = (common.pop(name, None) for name in ("replay", "keep"))
+    if keep and not keep.endswith(".npz"):
+        raise Mistake(f"--keep {keep}: name a file that ends in .npz.")
     if seconds < 1 or seeds < 2:
         raise Mistake("--seconds must be 1 or more, --seeds 2 or more: one knows of no noise.")
     s, *_ = drama.new_settings(common)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import RENAMED, Mistake, known_scores
+from buffer import Mistake, in_todays_words, known_scores
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
 AGENTS = list(PUBLISHED["Alien"])[2:]
@@ -29,8 +29,10 @@ DRAMA = ["Drama_XS_DFS", "Drama_XS_uniform"]  # stand beside ours, the others in
 PROTOCOLS = {"evaluation": "evaluation", "training": "last five in training"}
 AGGREGATES = ["mean", "median", "IQM", "optimality gap"]
 # Runs that are averaged may differ in which run it is, and where and how it was run
-MAY_DIFFER = {"game", "seed", "steps", "preset", "device", "threads", "graphs", "replay_device",
+MAY_DIFFER = {"game", "seed", "steps", "preset", "device", "threads", "replay_device",
               "save_minutes", "log_every", "eval_episodes", "game_args", "action_repeat"}
+DEFAULTS = {name: list(value) if isinstance(value, tuple) else value  # as in JSON
+            for name, value in vars(drama.Settings(preset="")).items()}
 
 # ---------------------------------------------------------------- reading
 
@@ -53,8 +55,7 @@ def rows_of(path: Path) -> list[dict]:
 
 def read_run(folder: Path) -> Run:
     try:
-        saved = {"preset": ""} | json.loads((folder / "settings.json").read_bytes())
-        s = {RENAMED.get(name, name): value for name, value in saved.items()}
+        s = DEFAULTS | in_todays_words(json.loads((folder / "settings.json").read_bytes()))
         episodes = rows_of(folder / "episodes.csv")
         curve = [(int(row["step"]), float(row["score"])) for row in episodes]
         tests = [json.loads(path.read_bytes()) for path in folder.glob("evaluation-*.json")]

@@ -206,7 +206,9 @@ def test_the_table_by_hand(capsys):
     (["Breakout", "laptop", "best --batch 0"], "--batch must be from 1"),
     (["Breakout", "--seconds", "0"], "--seconds must be 1 or more"),
     (["Breakout", "--seeds", "1"], "--seeds 2 or more"), (["Brakout"], "Breakout"),
-    (["Breakout", "--seeds", "x"], "--seeds: x is not a whole number"), ([], "GAME")])
+    (["Breakout", "--seeds", "x"], "--seeds: x is not a whole number"), ([], "GAME"),
+    (["Breakout", "--seeds", "1", "laptop"], "--seeds 2 or more"),  # a variant after a flag
+    (["Breakout", "--keep", "notes.txt"], "--keep notes.txt: name a file that ends in .npz")])
 def test_a_wrong_comparison_is_refused(argv, says, tiny, tmp_path, capsys):
     tiny.setattr(compare, "random_play", lambda *_: pytest.fail("played in vain"))
     refused(capsys, compare.main, argv, says)

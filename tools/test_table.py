@@ -143,6 +143,15 @@ def test_runs_of_unequal_steps_or_settings_are_rows_of_their_own(tmp_path, capsy
     assert "laptop, where nothing else is said: batch 4, new absent, sampling dfs." in out
 
 
+def test_settings_that_an_older_version_wrote_in_its_words_are_the_same(tmp_path, capsys):
+    then = dict(event_weights=True, graphs=False, floor=0.0)
+    now = dict(event_weight=2.0, local=False, policy_unimix=0.0)
+    make_run(tmp_path / "a", [(1000, [1])], settings=then)
+    make_run(tmp_path / "b", [(1000, [3])], seed=1, settings=now)
+    head, _, row, *_ = lines(capsys, tmp_path)
+    assert dict(zip(head, row))["seeds"] == "2"
+
+
 def test_aggregates_are_over_the_games_that_were_run(tmp_path, capsys):
     """By hand: 100 % in Breakout and 0 % in Pong; Drama there 18.4 % and 101.1 %."""
     make_run(tmp_path / "a", [(1000, [30.5])])
