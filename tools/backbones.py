@@ -32,7 +32,6 @@ from torch.profiler import ProfilerActivity, profile
 
 LENGTHS, TOKENS, WIDTH = (64, 256, 1024, 2048, 4096, 16384), 16384, 512
 REPEATS, STEPS = 3, 300  # of a training step, of a step of play
-FOLDER = Path(__file__).resolve().parents[1] / "results"
 FIGURES = TRAIN, PRODUCTS, MEMORY, PLAY = ("forward and backward, ms", "products alone, ms",
                                            "peak memory, MiB", "a step of play, ms")
 TOP, BOTTOM, SIDE, APART = 40, 300, 230, 300  # of a panel in the picture, pixels
