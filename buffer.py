@@ -614,7 +614,7 @@ class Folder:
     def load(self, with_replay: bool = True) -> tuple[dict, dict, dict]:
         """The newest save that is intact: manifest, state, replay files by name; all verified."""
         manifests = self.manifests()
-        problems = [f"{path.name} has no manifest, as after a save cut short"
+        problems = [f"{path.name} has no manifest, as in a save under way or cut short"
                     for path in self.numbered("state", ".pt")
                     if manifests and step_of(path) > step_of(manifests[0])]
         for path in manifests:
