@@ -2828,7 +2828,7 @@ def library_snippet(number, folder="") -> dict:
     section = README.split("## As a library")[1].split("\n## ")[0]
     code, space = re.findall(r"```python\n(.*?)```", section, re.S), {}
     assert len(code) == 3 and all(len(part.splitlines()) <= 17 for part in code)
-    exec(code[number].replace("runs/Breakout-s0", str(folder)), space)
+    exec(code[number].replace("results/agents/KungFuMaster.pt", str(folder)), space)
     return space
 
 
