@@ -48,7 +48,7 @@ def one_hot(index: Tensor, classes: int, dtype=torch.float32) -> Tensor:
     return F.embedding(index, torch.eye(classes, dtype=dtype, device=index.device))
 
 
-def mixed_softmax(logits: Tensor, uniform: float) -> Tensor:
+def unimix_softmax(logits: Tensor, uniform: float) -> Tensor:
     """(1 - uniform) softmax + uniform / classes, in float32: uniform > 0 rules none out."""
     return (1 - uniform) * logits.float().softmax(-1) + uniform / logits.shape[-1]
 
@@ -117,22 +117,6 @@ def mlp(d_input: int, hidden: int, layers: int, d_output: int) -> nn.Sequential:
     return nn.Sequential(*blocks, nn.Linear(hidden, d_output))
 
 
-def image_layout(device: torch.device) -> torch.memory_format:
-    """Layout of images: channels last is 1.6 times faster on a CPU; MPS does not have it."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """On a CPU torch 2.13 sums channels-last images in float32, one number after the other: beyond
-    a million a channel, as in `paper`, the variance is 1 % off, and each number of threads has its
-    own. Contiguous images are summed pairwise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu" or x[:, 0].numel() < 2**19:
-            return super().forward(x)
-        return super().forward(x.contiguous()).contiguous(memory_format=image_layout(x.device))
-
-
 class ToCells(nn.Module):
     """(B, C, side, side) -> (B, cells, features): side * side cells, or the image as one."""
 
@@ -155,24 +139,6 @@ class ToImage(nn.Module):
         return x.mT.reshape(-1, *self.shape).contiguous(memory_format=image_layout(x.device))
 
 
-class ToPixels(nn.ConvTranspose2d):
-    """Equal to its base, for kernels of two strides: one convolution of 2 x 2 makes all pixels of a
-    block, a stride a side, at once. For 3 channels that halves its time on a CPU in bfloat16.
-
-    Pixel s j + r of a row is x[j] weight[r] + x[j - 1] weight[s + r], and the bias. Source: Shi et
-    al. (arXiv 1609.05158).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        s, first, side = self.stride[0], self.padding[0], x.shape[-1]
-        weight = self.weight.unflatten(3, (2, s)).unflatten(2, (2, s)).flip(2, 4)
-        weight = weight.permute(1, 3, 5, 0, 2, 4).reshape(-1, self.in_channels, 2, 2)
-        y = F.conv2d(x, weight, self.bias.repeat_interleave(s * s), padding=1)
-        y = y.unflatten(1, (-1, s, s)).permute(0, 1, 4, 2, 5, 3)  # (B, C, rows, s, columns, s)
-        y = y.flatten(4, 5).flatten(2, 3)
-        return y[..., first:first + s * side, first:first + s * side]
-
-
 def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int):
     """Frames (B, 3, 64, 64) -> features (B, cells, channels[-1] * side * side / cells). Raises
     ValueError for lists that do not fit each other or the frames."""
@@ -186,7 +152,7 @@ def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: 
     blocks = []
     for before, after, stride, kernel in zip([3] + channels, channels, strides, kernels):
         conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
-        blocks += [conv, BatchNorm(after), nn.SiLU()]
+        blocks += [conv, BatchNorm(after), nn.SiLU()]  # nn.BatchNorm2d, exact on a CPU
     return nn.Sequential(*blocks, ToCells(cells))
 
 
@@ -199,6 +165,7 @@ def decoder(d_input: int, d_cell: int, channels: list[int], strides: list[int], 
     for before, after, stride, kernel in zip(*mirrored):
         padding = (kernel - 1) // 2
         extra = stride + 2 * padding - kernel  # so that the side grows by exactly `stride`
+        # ToPixels is a ConvTranspose2d, faster where there are so few channels
         kind = ToPixels if after == 3 and kernel == 2 * stride else nn.ConvTranspose2d
         conv = kind(before, after, kernel, stride, padding, output_padding=extra)
         blocks += [BatchNorm(before), nn.SiLU(), conv]
@@ -213,12 +180,6 @@ def truncated_normal(*modules: nn.Module):
             deviation = math.sqrt(2 / (fan_in + fan_out)) / 0.8796  # what the cut leaves of 1
             nn.init.trunc_normal_(layer.weight, 0, deviation, -2 * deviation, 2 * deviation)
             nn.init.zeros_(layer.bias)
-
-
-def working_type(device: torch.device) -> torch.dtype:
-    """What autocast multiplies in at present: bfloat16 or float32."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
 # ---------------------------------------------------------------- world model
@@ -250,16 +211,16 @@ class Trajectory(NamedTuple):
     z: Tensor  # (T + 1, B, K) indices of z_t
     d_past: Tensor  # (T + 1, B, D) d_{t-1}
     reward: Tensor  # (T, B) r_t
-    end: Tensor  # (T, B) 1 where a_t ended the life, or nothing is known of what came after
-    truncated: Tensor  # (T, B) bool: the latter, where the time was up
+    end: Tensor  # (T, B) 1 where a_t ended the life, or the episode was cut off after it
+    truncated: Tensor  # (T, B) bool: the latter
 
 
 class WorldModel(nn.Module):
     """Discrete autoencoder, sequence model, and heads for what comes next.
 
     `harmony` learns one weight for each of the image, reward and latent losses (HarmonyDream,
-    equation 6); `event_weight` looks closer at the few pixels that moved. `local` latents belong to
-    the cells of the encoder's last image: categoricals of all of it overlook a small ball.
+    equation 6); `event_weight` looks closer at the few pixels that moved. With `local` each cell of
+    the encoder's last image has categoricals of its own: those of all of it overlook a small ball.
     """
 
     def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernels: list[int],
@@ -295,13 +256,13 @@ class WorldModel(nn.Module):
 
     def images(self, frame: Tensor) -> Tensor:
         """uint8 frames (..., size, size, 3) -> (prod(...), 3, size, size) in [0, 1]."""
-        image = frame.flatten(end_dim=-4).permute(0, 3, 1, 2).to(working_type(frame.device)) / 255
+        image = frame.flatten(end_dim=-4).permute(0, 3, 1, 2).to(autocast_dtype(frame.device)) / 255
         return image.contiguous(memory_format=image_layout(frame.device))
 
     def posterior(self, image: Tensor) -> Tensor:
         """Images (B, 3, size, size) -> probabilities of z (B, K, C)."""
         logits = self.posterior_head(self.encoder(image)).flatten(1)  # (B, cells, ...) -> (B, Z)
-        return mixed_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
+        return unimix_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
 
     @torch.no_grad()
     def encode(self, frame: Tensor) -> Tensor:
@@ -311,12 +272,12 @@ class WorldModel(nn.Module):
     def prior(self, d: Tensor) -> Tensor:
         """d_t (..., D) -> probabilities of z_{t+1} (..., K, C)."""
         logits = self.prior_head(d)
-        return mixed_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
+        return unimix_softmax(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
 
     def token(self, z: Tensor, action: Tensor) -> Tensor:
         """Latents, as indices (..., K) or one-hot (..., K, C), and actions -> (..., Z + A)."""
         if not z.is_floating_point():
-            z = one_hot(z, self.classes, working_type(z.device))
+            z = one_hot(z, self.classes, autocast_dtype(z.device))
         return torch.cat([z.flatten(-2), one_hot(action, self.actions, z.dtype)], -1)
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -342,18 +303,19 @@ class WorldModel(nn.Module):
         """Frames (B, L, size, size, 3) -> weight of every pixel (B * L, size, size)."""
         red, green, blue = frame.unbind(-1)
         grey = red.short() + green + blue  # (B, L, size, size): three times the grey level
-        moved = ((grey[:, 1:] - grey[:, :-1]).abs() > 3 * 16).float()
-        share = moved.mean((-2, -1))
+        moved = (grey[:, 1:] - grey[:, :-1]).abs() > 3 * 16
+        share = moved.float().mean((-2, -1))
         few = (share > 0) & (share < 0.05) & ~first[:, 1:]
-        weight = torch.where(few[..., None, None], 0.5 + 0.5 * (self.event_weight - 1) * moved, 1.0)
+        weight = 0.5 * torch.where(moved, self.event_weight, 1.0)
+        weight = torch.where(few[..., None, None], weight, 1.0)
         return F.pad(weight, (0, 0, 0, 0, 1, 0), value=1.0).flatten(0, 1)
 
     def loss(self, batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Windows (B, L) -> loss, metrics, and the latents just drawn, as indices (B, L, K).
 
-        Paper, equations 6 and 7. The free nat is taken step by step: averaged first, it would
-        leave rare surprising frames without a gradient (P6). No KL leads from an episode's last
-        step to the next one's first frame (T2).
+        A batch has the parts of SCHEMA in buffer.py. Losses: paper, equations 6 and 7. The free nat
+        is taken step by step: averaged first, it would leave rare surprising frames without a
+        gradient (P6). No KL leads from an episode's last step to the next one's first frame (T2).
         """
         B, L = batch.action.shape
         posterior = self.posterior(self.images(batch.frame))  # (B * L, K, C)
@@ -543,12 +505,12 @@ class ActorCritic(nn.Module):
 
     def features(self, z: Tensor, d_past: Tensor) -> Tensor:
         """Indices z_t (..., K) and d_{t-1} (..., D) -> s_t (..., F)."""
-        dtype = working_type(d_past.device)
+        dtype = autocast_dtype(d_past.device)
         return torch.cat([one_hot(z, self.classes, dtype).flatten(-2), d_past.to(dtype)], -1)
 
     def policy(self, features: Tensor) -> Tensor:
         """s_t (..., F) -> pi (..., A): one and the same in play, dream, loss and evaluation."""
-        return mixed_softmax(self.actor(features), self.unimix)
+        return unimix_softmax(self.actor(features), self.unimix)
 
     def value(self, z: Tensor, d_past: Tensor) -> Tensor:
         """z_t (N, K), d_{t-1} (N, D) -> v(s_t) (N,)."""
@@ -661,11 +623,19 @@ class Player:
         self.history = deque(maxlen=self.half)  # (z, action, first) of the last steps
         self.age = 0  # steps that the state has seen
 
+    def decide(self, frame: Tensor, first: Tensor, d_past: Tensor, state: tuple[State, ...]):
+        """d_{t-1} and the state that step t-1 left -> z_t, a_t, d_t, state."""
+        z = seen = self.model.encode(frame)  # (games, K)
+        d_past = torch.where(first[:, None], 0.0, d_past)
+        if self.act_on == "prior":
+            seen = torch.where(first[:, None], z, sample(self.model.prior(d_past)))
+        action = self.agent.act(seen, d_past)
+        return z, action, *self.model.sequence.step(self.model.token(z, action), state, first)
+
     @torch.no_grad()
     def act(self, frame: Tensor, first: Tensor) -> Tensor:
         """Frames (games, size, size, 3) uint8, first (games,) bool -> actions (games,)."""
-        step = self.decide(frame, first, self.d_past, self.state)
-        (z, action), (self.d_past, self.state) = step[:2], step[2:]
+        z, action, self.d_past, self.state = self.decide(frame, first, self.d_past, self.state)
         self.history.append((z, action, first.clone()))  # a caller may reuse its flags
         self.age += 1
         if self.age == 2 * self.half:
@@ -690,15 +660,6 @@ class Player:
             reward, over = np.where(over, 0, reward), over | done
             yield Move(frame, action, reward, terminal, over, after)
             frame, step = after, step + 1
-
-    def decide(self, frame: Tensor, first: Tensor, d_past: Tensor, state: tuple[State, ...]):
-        """d_{t-1} and the state that step t-1 left -> z_t, a_t, d_t, state."""
-        z = seen = self.model.encode(frame)  # (games, K)
-        d_past = torch.where(first[:, None], 0.0, d_past)
-        if self.act_on == "prior":
-            seen = torch.where(first[:, None], z, sample(self.model.prior(d_past)))
-        action = self.agent.act(seen, d_past)
-        return z, action, *self.model.sequence.step(self.model.token(z, action), state, first)
 
     def state_dict(self) -> dict:
         """All that the next action depends on beside the weights."""
@@ -798,7 +759,47 @@ def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor,
     return norm, good
 
 
-# ---------------------------------------------------------------- about speed alone
+# ---------------------------------------------------------------- about devices and speed alone
+
+
+def image_layout(device: torch.device) -> torch.memory_format:
+    """Layout of images: channels last is 1.6 times faster on a CPU; MPS does not have it."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """On a CPU torch 2.13 sums channels-last images in float32, one number after the other: beyond
+    a million a channel, as in `paper`, the variance is 1 % off, and each number of threads has its
+    own. Contiguous images are summed pairwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu" or x[:, 0].numel() < 2**19:
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=image_layout(x.device))
+
+
+class ToPixels(nn.ConvTranspose2d):
+    """Equal to its base, for kernels of two strides: one convolution of 2 x 2 makes all pixels of a
+    block, a stride a side, at once. For 3 channels that halves its time on a CPU in bfloat16.
+
+    Pixel s j + r of a row is x[j] weight[r] + x[j - 1] weight[s + r], and the bias. Source: Shi et
+    al. (arXiv 1609.05158).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, first, side = self.stride[0], self.padding[0], x.shape[-1]
+        weight = self.weight.unflatten(3, (2, s)).unflatten(2, (2, s)).flip(2, 4)
+        weight = weight.permute(1, 3, 5, 0, 2, 4).reshape(-1, self.in_channels, 2, 2)
+        y = F.conv2d(x, weight, self.bias.repeat_interleave(s * s), padding=1)
+        y = y.unflatten(1, (-1, s, s)).permute(0, 1, 4, 2, 5, 3)  # (B, C, rows, s, columns, s)
+        y = y.flatten(4, 5).flatten(2, 3)
+        return y[..., first:first + s * side, first:first + s * side]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype:
+    """What autocast multiplies in at present: bfloat16 or float32."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
 def fast_precision(device: torch.device) -> str:

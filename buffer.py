@@ -57,33 +57,6 @@ if os.name == "posix":
 else:
     import msvcrt
 
-# ---------------------------------------------------------------- errors in one sentence
-
-
-class Mistake(Exception):
-    """Bad input: one sentence that says what was wrong and what to do. Exit code 2."""
-
-
-class Stopped(Exception):
-    """A run that cannot go on, and why. Exit code 1."""
-
-
-@contextlib.contextmanager
-def in_one_sentence(what: str):
-    """Around code of others: its warnings are silent, its errors a Mistake, with their place."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Mistake:
-        raise
-    except Exception as error:
-        at, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
-        words = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
-        place = f"{Path(at.filename).name}, line {at.lineno}"
-        raise Mistake(f"{what}: {words} ({kind} in {place}).") from error
-
-
 # ---------------------------------------------------------------- replay
 
 SCHEMA = dict(  # name = shape of a step, dtype kept, dtype in a batch
@@ -111,15 +84,15 @@ def uniform(trained: np.ndarray, dreamed: np.ndarray | None, tau: float) -> np.n
 SAMPLERS = {"dfs": dfs, "uniform": uniform}  # one of yours: a function like these, and its name
 
 
-def draw(score: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` different indices, drawn one after the other from softmax(score).
+def gumbel_top_k(score: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k different indices, drawn one after the other from softmax(score).
 
     Adding Gumbel noise to the scores and keeping the largest is exactly that, and takes one
     pass: no normalisation, no loop. The noise is -ln of an exponential variable.
     """
     exponential = rng.standard_exponential(len(score), dtype=np.float32)  # now and then exactly 0
     noise = -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
-    return np.argpartition(-(score + noise), count - 1)[:count]
+    return np.argpartition(-(score + noise), k - 1)[:k]
 
 
 MPS_LIMIT = 2**31  # bytes: rows beyond it, torch 2.13 gathers as zeros on MPS, without a word
@@ -174,16 +147,16 @@ class Replay:
             column[self.length] = torch.as_tensor(step[name])
         self.length += 1
 
-    def draw(self, count: int, length: int, sampler, tau: float, rng: np.random.Generator,
-             dreams_per_window: float | None = None) -> np.ndarray:
+    def draw_starts(self, count: int, length: int, sampler, tau: float, rng: np.random.Generator,
+                    dreams_per_window: float | None = None) -> np.ndarray:
         """Draw and count `count` starts of windows of `length` steps: to train the model on or, if
         it is said how many dreams are drawn for every training window, to dream from."""
         trained, dreamed = (c[: self.length - length + 1] for c in (self.trained, self.dreamed))
         if dreams_per_window is None:
-            starts, counter = draw(sampler(trained, None, tau), count, rng), trained
+            starts, counter = gumbel_top_k(sampler(trained, None, tau), count, rng), trained
         else:
             score = sampler(trained, dreamed / dreams_per_window, tau)
-            starts, counter = draw(score, count, rng), dreamed
+            starts, counter = gumbel_top_k(score, count, rng), dreamed
         counter[starts] += 1
         return starts
 
@@ -213,6 +186,33 @@ class Replay:
     def load_counters(self, arrays: dict[str, np.ndarray]):
         for name in self.COUNTERS:
             getattr(self, name)[: self.length] = arrays[name]
+
+
+# ---------------------------------------------------------------- errors in one sentence
+
+
+class Mistake(Exception):
+    """Bad input: one sentence that says what was wrong and what to do. Exit code 2."""
+
+
+class Stopped(Exception):
+    """A run that cannot go on, and why. Exit code 1."""
+
+
+@contextlib.contextmanager
+def in_one_sentence(what: str):
+    """Around code of others: its warnings are silent, its errors a Mistake, with their place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Mistake:
+        raise
+    except Exception as error:
+        at, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
+        words = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
+        place = f"{Path(at.filename).name}, line {at.lineno}"
+        raise Mistake(f"{what}: {words} ({kind} in {place}).") from error
 
 
 # ---------------------------------------------------------------- what must not cost a run

@@ -176,10 +176,9 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
     picture()       what the first copy shows in full size, for a `film` ("file" or "window")
     source          in words, what its frames are made of
 
-    Frames are (copies, 64, 64, 3) uint8, the caller's to keep, the rest is (copies,). `terminal`: a
-    life is lost, nothing after it counts for what came before; `done`: the episode is over, `reset`
-    comes next; done alone: the time was up. The same seed and actions bring the same frames: so a
-    run is resumed."""
+    Frames are (copies, 64, 64, 3) uint8, the caller's to keep; the rest is (copies,). `terminal`: a
+    life is lost, no value flows back over it; `done`: the episode is over, `reset` comes next; done
+    alone: the time was up. The same seed and actions bring the same frames: so a run is resumed."""
     if s.game in AtariGame.names():
         if s.game_args or s.action_repeat > 1:
             raise Mistake("--game-args and --action-repeat are for Gymnasium games, not Atari.")
@@ -258,8 +257,8 @@ class AtariGame:
 PURPOSES = ("build", "reset", "play", "windows", "model", "contexts", "dream", "picture", "test")
 
 
-def randomness(seed: int, step: int, purpose: str) -> np.random.Generator:
-    """Seed torch for this purpose at this step, and return numpy's generator for it.
+def reseed(seed: int, step: int, purpose: str) -> np.random.Generator:
+    """Seed torch for one purpose at one step -> numpy's generator for the same.
 
     Nothing else is random. So there is no generator to save, a resumed run draws what it would
     have drawn, and evaluating in between disturbs nothing (D11). PURPOSES may only grow.
@@ -277,7 +276,7 @@ def episode_seeds(seed: int, episode: int, purpose: str, copies: int = 1) -> np.
 
 def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, ActorCritic]:
     keep_freed_memory()
-    randomness(s.seed, 0, "build")
+    reseed(s.seed, 0, "build")
     kernels = list(s.kernel) * (len(s.strides) if len(s.kernel) == 1 else 1)
     try:
         model = WorldModel(
@@ -306,12 +305,12 @@ class Run:
         self.replay = Replay(s.steps, Replay.place(s.steps, device, asked or None))
         self.game = make_game(s)
         self.model, self.agent = build_networks(s, self.game.actions, device)
-        named = dict(self.model.named_parameters())
-        loss_weights = [named.pop(name) for name in list(named) if name.startswith("harmony")]
+        loss_weights = list(self.model.harmony.parameters())
+        networks = [p for name, p in self.model.named_parameters() if "harmony" not in name]
         learning = [p for p in self.agent.parameters() if p.requires_grad]
         eps = max(s.eps, 1e-15) if device.type == "mps" else s.eps  # MPS flushes denormals
         self.model_optimizer = make_optimizer(
-            s.optimizer, [dict(params=list(named.values()), rate=s.model_lr)]
+            s.optimizer, [dict(params=networks, rate=s.model_lr)]
             + [dict(params=loss_weights, rate=s.harmony_lr)] * bool(loss_weights), eps)
         self.agent_optimizer = make_optimizer(
             s.optimizer, [dict(params=learning, rate=s.agent_lr)], eps)
@@ -332,10 +331,10 @@ class Run:
         wanted = self.settings.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
-    def draw(self, count: int, length: int, rng, dreams_per_window=None) -> Batch:
+    def draw_windows(self, count: int, length: int, rng, dreams_per_window=None) -> Batch:
         """Windows of the replay to train the world model on or, with a ratio, to dream from."""
         sampler, tau = SAMPLERS[self.settings.sampling], self.settings.tau
-        starts = self.replay.draw(count, length, sampler, tau, rng, dreams_per_window)
+        starts = self.replay.draw_starts(count, length, sampler, tau, rng, dreams_per_window)
         return self.replay.windows(starts, length, self.device)
 
 
@@ -376,6 +375,12 @@ def update_agent(run: Run, batch: Batch, z: Tensor, good: Tensor):
     return metrics | dict(agent_norm=norm), good
 
 
+def warm_up(run: Run):
+    """Learning rates rise from 0 to their own over the first updates."""
+    for group in run.model_optimizer.param_groups + run.agent_optimizer.param_groups:
+        group["lr"].fill_(group["rate"] * min(1, (run.updates + 1) / run.settings.warmup_updates))
+
+
 def train(run: Run, folder: Folder, stop: Stop):
     """Drama's training loop (paper, algorithm 1), from run.step to the end."""
     s, replay, saved = run.settings, run.replay, time.monotonic()
@@ -386,10 +391,10 @@ def train(run: Run, folder: Folder, stop: Stop):
             step, first = run.step, run.episode_length == 0
 
             # ---- 1. Play one step, and keep it
-            rng = randomness(s.seed, step, "play")
+            rng = reseed(s.seed, step, "play")
             if step < s.learning_starts:
                 action = int(rng.integers(run.game.actions))
-            else:  # in float32: casting the weights for one frame would cost more than it saves
+            else:  # not under autocast: casting the weights costs more than one frame saves
                 run.player = run.player or make_player(s, run.model, run.agent)
                 frame = torch.from_numpy(run.frame).to(run.device)
                 action = int(run.player.act(frame, torch.tensor([first], device=run.device)))
@@ -402,21 +407,19 @@ def train(run: Run, folder: Folder, stop: Stop):
                 end_episode(run, folder)
 
             if step >= s.learning_starts and (step - s.learning_starts) % s.train_every == 0:
-                for group in run.model_optimizer.param_groups + run.agent_optimizer.param_groups:
-                    group["lr"].fill_(group["rate"] * min(1, (run.updates + 1) / s.warmup_updates))
-
                 # ---- 2. Learn the world, from windows of the replay
-                batch = run.draw(s.batch, s.length, randomness(s.seed, step, "windows"))
-                randomness(s.seed, step, "model")
+                warm_up(run)
+                batch = run.draw_windows(s.batch, s.length, reseed(s.seed, step, "windows"))
+                reseed(s.seed, step, "model")
                 z, metrics, good = update_world_model(run, batch)
 
                 # ---- 3. Learn in the dream
                 if s.dream_from == "contexts":
-                    rng = randomness(s.seed, step, "contexts")
-                    batch = run.draw(s.dreams, s.context, rng, s.dreams / s.batch)
-                randomness(s.seed, step, "dream")
-                more, learnt = update_agent(run, batch, z, good)
-                count_update(run, folder, metrics | more, bool(learnt))
+                    rng = reseed(s.seed, step, "contexts")
+                    batch = run.draw_windows(s.dreams, s.context, rng, s.dreams / s.batch)
+                reseed(s.seed, step, "dream")
+                agent_metrics, good = update_agent(run, batch, z, good)
+                count_update(run, folder, metrics | agent_metrics, bool(good))
 
             # ---- 4. Log and save
             run.step += 1
@@ -505,7 +508,7 @@ def save(run: Run, folder: Folder):
                 device=str(run.device))
     if run.step >= PICTURE_STEPS:
         last = run.step - PICTURE_STEPS
-        window = randomness(s.seed, run.step, "picture").integers(last + 1, size=1)
+        window = reseed(s.seed, run.step, "picture").integers(last + 1, size=1)
         batch = run.replay.windows(window, PICTURE_STEPS, run.device)
         write_png(folder.path / f"dream-{run.step:06d}.png",
                   [dream_picture(run.model, batch).numpy()])
@@ -578,8 +581,8 @@ def evaluate(s: Settings, player: Player) -> list[dict]:
     is set up as in training (D14). Ctrl-C ends it early, with the episodes that are over by then.
     """
     copies, seeds = s.eval_episodes, episode_seeds(s.seed, 0, "test", s.eval_episodes)
-    reseed, earned = functools.partial(randomness, s.seed, purpose="test"), 0
-    moves = player.play(make_game(s, copies), seeds, reseed)
+    reseeding, earned = functools.partial(reseed, s.seed, purpose="test"), 0
+    moves = player.play(make_game(s, copies), seeds, reseeding)
     score, length, over = np.zeros(copies), np.zeros(copies, int), np.zeros(copies, bool)
     with show_progress(desc="evaluation", iterable=moves) as bar:
         try:
@@ -641,8 +644,8 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     as fast as a human would play: 15 steps a second, as the console drew 60 frames."""
     display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
     game, film, score, shown = make_game(s, film="window" if display else "file"), [], 0.0, 0.0
-    reseed = functools.partial(randomness, s.seed, purpose="test")
-    moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseed, limit)
+    reseeding = functools.partial(reseed, s.seed, purpose="test")
+    moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseeding, limit)
     for move in show_progress(desc="playing", total=limit, iterable=moves):
         film.append(game.picture())
         score += float(move.reward[0])
@@ -791,11 +794,10 @@ gymnasium.register("Dot", Dot)
 # ---------------------------------------------------------------- command line
 
 # A setting that means nothing while another one has one of these values
-USELESS = dict(tau=("sampling", "uniform"), head_dim=("backbone", "mamba", "gru"),
+HAS_NO_EFFECT = dict(tau=("sampling", "uniform"), head_dim=("backbone", "mamba", "gru"),
                d_state=("backbone", "gru", "transformer"), harmony_lr=("harmony", False),
                context=("dream_from", "batch"), replay_critic=("dream_from", "contexts"))
 MAY_CHANGE = ("steps", "device", "threads", "replay_device", "save_minutes", "eval_episodes")
-MOVED = dict(model_check="check RUN", curves="curves RUN", bench="bench", graphs="graphs")
 
 
 def game_title(text: str) -> str:
@@ -819,15 +821,15 @@ def flag(name: str) -> str:
     return "--" + name.strip("_").replace("_", "-")
 
 
-def spelled(value) -> str:
+def as_text(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def typed(name: str, value) -> str:
+def as_flag(name: str, value) -> str:
     """As on the command line: --no-harmony, --channels 32,64, --seed 3."""
     if isinstance(value, bool):
         return flag(name if value else f"no_{name}")
-    return f"{flag(name)} {spelled(value)}"
+    return f"{flag(name)} {as_text(value)}"
 
 
 def check(s: Settings):
@@ -867,7 +869,7 @@ def pick_device(wanted: str, asked_by: str = "device") -> tuple[torch.device, st
     if wanted == "auto":
         return torch.device(have[0]), "the fastest there is" + note
     if wanted not in have:
-        raise Mistake(f"{typed(asked_by, wanted)} is not there{note}. This machine has "
+        raise Mistake(f"{as_flag(asked_by, wanted)} is not there{note}. This machine has "
                       f"{', '.join(have)}.")
     return torch.device(wanted), "as asked"
 
@@ -898,7 +900,7 @@ class Parser(argparse.ArgumentParser):
         for f in (f for f in fields(Settings) if f.name in names):
             value = dict(PRESETS[preset], preset=preset).get(f.name, f.default)
             options = dict(dest=f.name, default=argparse.SUPPRESS,
-                           help=f"{f.metadata['help']} ({spelled(value)})".replace("%", "%%"))
+                           help=f"{f.metadata['help']} ({as_text(value)})".replace("%", "%%"))
             kind, choices = type(f.default), f.metadata["choices"]
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
@@ -918,8 +920,6 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_intermixed_args(words)
         if unknown:
             word = unknown[0].split("=")[0]
-            if tool := MOVED.get(word[2:].removeprefix("no-").replace("-", "_")):
-                raise Mistake(f"{word} is a tool of its own now: python -m tools.{tool}")
             known = [name for action in self._actions for name in action.option_strings]
             near = difflib.get_close_matches(word, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else "see --help."
@@ -929,7 +929,7 @@ class Parser(argparse.ArgumentParser):
 
 def refuse(flags: dict, because: str):
     for name, value in flags.items():
-        raise Mistake(f"{because}: leave out {typed(name, value)}.")
+        raise Mistake(f"{because}: leave out {as_flag(name, value)}.")
 
 
 def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
@@ -937,10 +937,10 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     device, why = pick_device(flags.get("device", "auto"))
     flags = dict(preset=own_preset(device.type)) | flags
     check(s := Settings(**(PRESETS[flags["preset"]] | flags)))
-    for name, (other, *values) in USELESS.items():
-        if (now := getattr(s, other)) in values:
+    for name, (by, *values) in HAS_NO_EFFECT.items():
+        if (now := getattr(s, by)) in values:
             if flags.get(name):
-                raise Mistake(f"{flag(name)} means nothing with {typed(other, now)}: leave it out.")
+                raise Mistake(f"{flag(name)} means nothing with {as_flag(by, now)}: leave it out.")
             s = replace(s, **{name: getattr(Settings, name)})  # whatever the preset has
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
@@ -956,9 +956,9 @@ def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
         del flags["precision"]
     for name, value in flags.items():
         if name not in MAY_CHANGE and value != getattr(s, name):
-            raise Mistake(f"{path} holds a run with {typed(name, getattr(s, name))}, not "
-                          f"{typed(name, value)}: leave that out to go on with it, or give another "
-                          "folder with --run.")
+            raise Mistake(f"{path} holds a run with {as_flag(name, getattr(s, name))}, not "
+                          f"{as_flag(name, value)}: leave that out to go on with it, or name "
+                          "another folder with --run.")
     if flags.get("steps", s.steps) < s.steps:
         raise Mistake(f"{path} holds a run of {s.steps} steps: --steps can only grow.")
     threads = manifest["threads"]  # their number changes the last bits of sums

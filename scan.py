@@ -67,7 +67,7 @@ def check_sizes(x, every=None):
         raise ValueError(f"pieces of {every} steps do not make up a sequence of {length}")
 
 
-def every_step(step, x, dt, A, B, C, D, state=None, reset=None):
+def step_by_step(step, x, dt, A, B, C, D, state=None, reset=None):
     """The definition of either scan: its step, again and again."""
     check_sizes(x)
     x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
@@ -120,7 +120,7 @@ def s6_step(x, dt, A, B, C, D, h, reset=None, every=None):
     return torch.addcmul((h * C[:, None]).sum(-1), D, x), h
 
 
-s6_sequential = functools.partial(every_step, s6_step)
+s6_sequential = functools.partial(step_by_step, s6_step)
 
 
 def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
@@ -282,7 +282,7 @@ def ssd_step(x, dt, A, B, C, D, h, reset=None, every=None):
     return torch.addcmul(read, D[:, None], x), h
 
 
-ssd_sequential = functools.partial(every_step, ssd_step)
+ssd_sequential = functools.partial(step_by_step, ssd_step)
 
 
 def ssd(x, dt, A, B, C, D, state=None, reset=None, every=None):

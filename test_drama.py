@@ -54,7 +54,7 @@ import drama
 import scan
 from agent import ActorCritic, Dream, Player, ReturnRange, Start, ToPixels, Trajectory, TwoHot
 from agent import WorldModel, lambda_return, make_optimizer, sample, take_step
-from buffer import Batch, Folder, Mistake, Replay, draw
+from buffer import Batch, Folder, Mistake, Replay, gumbel_top_k
 from drama import Dot, GymnasiumGame, make_gymnasium, rgb
 
 if os.name == "posix":
@@ -1707,7 +1707,7 @@ def test_dfs_of_five_slots_for_training():
     p = np.array(weight) / sum(weight)
 
     def draw(count, rng):
-        return replay.draw(count, 3, buffer.dfs, 2.0, rng)
+        return replay.draw_starts(count, 3, buffer.dfs, 2.0, rng)
 
     trained = [0, 1, 2, 5, 0]
     np.testing.assert_allclose(frequencies(replay, draw, trained=trained), p, atol=0.025)
@@ -1723,7 +1723,7 @@ def test_dfs_of_five_slots_for_dreaming():
     p = np.exp(score) / np.exp(score).sum()
 
     def draw(count, rng):
-        return replay.draw(count, 3, buffer.dfs, 2.0, rng, dreams_per_window=2.0)
+        return replay.draw_starts(count, 3, buffer.dfs, 2.0, rng, dreams_per_window=2.0)
 
     seen = frequencies(replay, draw, trained=[4, 4, 1, 0, 2], dreamed=[0, 16, 4, 6, 4])
     np.testing.assert_allclose(seen, p, atol=0.025)
@@ -1735,29 +1735,32 @@ def test_an_exponential_of_exactly_0_draws_like_any_other():
             return np.zeros(size, dtype)
 
     with np.errstate(all="raise"):
-        assert set(draw(np.array([0.0, -9, 0, -9]), 2, Zero())) == {0, 2}
+        assert set(gumbel_top_k(np.array([0.0, -9, 0, -9]), 2, Zero())) == {0, 2}
 
 
 def test_uniform_sampling_draws_all_windows_alike():
     replay = filled(7)
-    seen = frequencies(replay, lambda count, rng: replay.draw(count, 3, buffer.uniform, 2.0, rng),
-                       trained=[0, 100, 7, 1, 50])  # fmt: skip
+
+    def draw(count, rng):
+        return replay.draw_starts(count, 3, buffer.uniform, 2.0, rng)
+
+    seen = frequencies(replay, draw, trained=[0, 100, 7, 1, 50])
     np.testing.assert_allclose(seen, np.full(5, 0.2), atol=0.025)
 
 
 def test_draws_are_counted_where_the_window_starts():
     replay = filled(40)
-    starts = replay.draw(6, 5, buffer.dfs, 2.0, np.random.default_rng(0))
+    starts = replay.draw_starts(6, 5, buffer.dfs, 2.0, np.random.default_rng(0))
     assert replay.trained.sum() == 6 and set(np.flatnonzero(replay.trained)) == set(starts)
     assert replay.dreamed.sum() == 0
-    starts = replay.draw(9, 5, buffer.dfs, 2.0, np.random.default_rng(0), 1.5)
+    starts = replay.draw_starts(9, 5, buffer.dfs, 2.0, np.random.default_rng(0), 1.5)
     assert set(np.flatnonzero(replay.dreamed)) == set(starts) and replay.trained.sum() == 6
 
 
 def test_D17_windows_are_consecutive_up_to_the_newest_step_and_no_further():
     replay, rng, starts = filled(30, capacity=50), np.random.default_rng(0), set()
     for _ in range(50):
-        starts |= set(replay.draw(8, 7, buffer.dfs, 10.0, rng).tolist())
+        starts |= set(replay.draw_starts(8, 7, buffer.dfs, 10.0, rng).tolist())
     assert starts == set(range(24))  # 24 + 7 would reach step 30, which is not there
     batch = replay.windows(np.array([0, 8, 23]), 7, "cpu")
     for row, start in enumerate([0, 8, 23]):
@@ -1778,8 +1781,8 @@ def test_a_full_replay_refuses():
 
 def test_a_replay_saved_in_pieces_comes_back_whole():
     replay, rng = filled(20, capacity=30), np.random.default_rng(0)
-    replay.draw(6, 5, buffer.dfs, 2.0, rng)
-    replay.draw(6, 5, buffer.dfs, 2.0, rng, 1.0)
+    replay.draw_starts(6, 5, buffer.dfs, 2.0, rng)
+    replay.draw_starts(6, 5, buffer.dfs, 2.0, rng, 1.0)
     copy = Replay(30, schema=LITTLE)
     for start, stop in ((0, 8), (8, 20)):
         file = io.BytesIO()
@@ -1808,8 +1811,8 @@ def test_a_hundred_thousand_entries_can_be_drawn_from():
     replay.length = 100_000
     rng = np.random.default_rng(0)
     for _ in range(20):
-        starts = replay.draw(16, 128, buffer.dfs, 10.0, rng)
-        contexts = replay.draw(1024, 8, buffer.dfs, 10.0, rng, 64.0)
+        starts = replay.draw_starts(16, 128, buffer.dfs, 10.0, rng)
+        contexts = replay.draw_starts(1024, 8, buffer.dfs, 10.0, rng, 64.0)
         assert len(set(starts)) == 16 and len(set(contexts)) == 1024
 
 
@@ -2689,9 +2692,10 @@ CHANGED = dict(
     kernel=(7, 4), groups=16, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
     harmony=False, event_weight=1.5, local=True, dream_from="contexts", dreams=5, context=4,
-    horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8, entropy=0.002, policy_unimix=0.02,
-    slow_decay=0.9, range_decay=0.8, optimizer="laprop", model_lr=0.002, agent_lr=0.003,
-    warmup_updates=6, eps=1e-12, model_max_grad_norm=50.0, agent_max_grad_norm=60.0)  # fmt: skip
+    horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8,
+    entropy=0.002, policy_unimix=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop",
+    model_lr=0.002, agent_lr=0.003, warmup_updates=6, eps=1e-12, model_max_grad_norm=50.0,
+    agent_max_grad_norm=60.0)  # fmt: skip
 WHERE_THEY_MEAN_SOMETHING = dict(  # and CHANGED makes them mean nothing
     preset="debug", steps=70, eval_episodes=1, tau=3.5, head_dim=8, harmony_lr=0.004,
     replay_critic=0.2)  # fmt: skip
@@ -2899,9 +2903,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--dream-from contexts --dreams 17000 --horizon 1000", "--dreams 17000 of --horizon 1000"),
     ("--device cuda:0", "--device.*auto, cuda, mps, cpu"), ("--game Combat", "no game"),
     ("--threads 99999999999999", "--threads"), ("--eval-episodes 99999999999", "--eval-episodes"),
-    ("--list-games", "leave out --"), ("--bench", "python -m tools.bench"),
-    ("--model-check runs/a", "python -m tools.check RUN"), ("--curves=a", "python -m tools.curves"),
-    ("--graphs", "python -m tools.graphs"),
+    ("--list-games", "leave out --"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new"), *flags.split()], says)
@@ -3835,7 +3837,7 @@ def test_twelve_kills_half_of_them_inside_a_save_change_nothing(reference, tiny,
     def run_and_be_killed(number, rng):
         signal.alarm(60)
         patch, calls = pytest.MonkeyPatch(), itertools.count()
-        place = ("randomness", "update_world_model", "update_agent")[number // 2 % 3]
+        place = ("reseed", "update_world_model", "update_agent")[number // 2 % 3]
         function, save = getattr(drama, place), drama.save
 
         def saving(run, folder):
@@ -3845,7 +3847,7 @@ def test_twelve_kills_half_of_them_inside_a_save_change_nothing(reference, tiny,
 
         def called(*args):
             result = function(*args)
-            if next(calls) == (5 if place == "randomness" else 0):
+            if next(calls) == (5 if place == "reseed" else 0):
                 kill()
             return result
 

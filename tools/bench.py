@@ -66,8 +66,9 @@ def bench(s: drama.Settings, device: torch.device) -> tuple[dict, int]:
             run.begin_episode(0)
 
     def draw():
-        batch = run.draw(s.batch, s.length, rng)
-        return batch, run.draw(s.dreams, s.context, rng, s.dreams / s.batch) if contexts else batch
+        batch = run.draw_windows(s.batch, s.length, rng)
+        ratio = s.dreams / s.batch
+        return batch, run.draw_windows(s.dreams, s.context, rng, ratio) if contexts else batch
 
     for column in run.replay.columns.values():  # a full replay: what it shows costs nothing
         column.zero_()

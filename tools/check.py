@@ -62,8 +62,8 @@ def play(s: drama.Settings, player: Player) -> Played:
     model, device, steps = player.model, player.d_past.device, []
     seeds, running = drama.episode_seeds(s.seed, 2, "test", EPISODES), np.ones(EPISODES, bool)
     d_past, age = player.d_past.clone(), player.age  # before the step, which moves both on
-    reseed = functools.partial(drama.randomness, s.seed, purpose="test")
-    moves = player.play(drama.make_game(s, EPISODES), seeds, reseed, LIMIT)
+    reseeding = functools.partial(drama.reseed, s.seed, purpose="test")
+    moves = player.play(drama.make_game(s, EPISODES), seeds, reseeding, LIMIT)
     for move in drama.show_progress(desc="playing", total=LIMIT, iterable=moves):
         posterior = model.posterior(model.images(torch.from_numpy(move.frame).to(device)))
         kl = kl_divergence(posterior, model.prior(d_past)).cpu().numpy()
@@ -300,7 +300,7 @@ def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | 
     if npz and drift:
         np.savez_compressed(packed := io.BytesIO(), **arrays)
         write_file(npz, packed.getvalue())
-    drama.randomness(s.seed, 0, "picture")
+    drama.reseed(s.seed, 0, "picture")
     middle = starts[len(starts) // 2 : len(starts) // 2 + 1] - 4
     window = windows(replay, middle, drama.PICTURE_STEPS, player.d_past.device)
     write_png(path, [dream_picture(player.model, window, context=5).numpy()])

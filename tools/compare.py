@@ -60,8 +60,8 @@ def random_play(s: drama.Settings, steps: int) -> Replay:
     return replay
 
 
-def spelled(s: drama.Settings, names) -> str:
-    return " ".join(drama.typed(name, getattr(s, name)) for name in names)
+def as_text(s: drama.Settings, names) -> str:
+    return " ".join(drama.as_flag(name, getattr(s, name)) for name in names)
 
 
 def recorded(path: Path, s: drama.Settings) -> dict[str, np.ndarray]:
@@ -72,10 +72,10 @@ def recorded(path: Path, s: drama.Settings) -> dict[str, np.ndarray]:
     else:
         manifest, state, files = Folder(path).load()
         Folder(path).resume(manifest, state, files, replay := Replay(manifest["step"]))
-        played = spelled(drama.settings_of(manifest), GAME)
+        played = as_text(drama.settings_of(manifest), GAME)
         steps = replay.steps(max(0, replay.length - STEPS), replay.length)
-    if played != spelled(s, GAME):
-        raise Mistake(f"{path} was played with {played}, not {spelled(s, GAME)}.")
+    if played != as_text(s, GAME):
+        raise Mistake(f"{path} was played with {played}, not {as_text(s, GAME)}.")
     if 0.7 * len(steps["action"]) < s.learning_starts:
         raise Mistake(f"{path} holds {len(steps['action'])} steps: too few to learn from.")
     return steps
@@ -101,8 +101,8 @@ def split(steps: dict[str, np.ndarray]) -> list[Replay]:
 def learn_world(run: drama.Run) -> int:
     """Learn the world as drama.train does -> frames replayed."""
     s = run.settings
-    batch = run.draw(s.batch, s.length, drama.randomness(s.seed, run.updates, "windows"))
-    drama.randomness(s.seed, run.updates, "model")
+    batch = run.draw_windows(s.batch, s.length, drama.reseed(s.seed, run.updates, "windows"))
+    drama.reseed(s.seed, run.updates, "model")
     drama.update_world_model(run, batch)
     return s.batch * s.length
 
@@ -110,14 +110,14 @@ def learn_world(run: drama.Run) -> int:
 def learn_in_dream(run: drama.Run) -> int:
     """Learn in the dream as drama.train does -> frames dreamt. Latents, which there come with the
     model's update, are drawn here: in `laptop` 7 % of the time."""
-    s, z, rng = run.settings, None, drama.randomness(run.settings.seed, run.updates, "contexts")
+    s, z, rng = run.settings, None, drama.reseed(run.settings.seed, run.updates, "contexts")
     if s.dream_from == "contexts":
-        batch = run.draw(s.dreams, s.context, rng, s.dreams / s.batch)
+        batch = run.draw_windows(s.dreams, s.context, rng, s.dreams / s.batch)
     else:
-        batch = run.draw(s.batch, s.length, rng)
+        batch = run.draw_windows(s.batch, s.length, rng)
         with run.autocast():
             z = run.model.encode(batch.frame)
-    drama.randomness(s.seed, run.updates, "dream")
+    drama.reseed(s.seed, run.updates, "dream")
     drama.update_agent(run, batch, z, torch.tensor(True))
     return s.dreams * s.horizon
 
@@ -132,12 +132,9 @@ def take_turns(trials: list[tuple[drama.Run, dict]], part: str, learn, seconds: 
         while behind := [trial for trial in trials if trial[0].cpu_seconds < seconds]:
             for run, row in behind:
                 until = min(seconds, run.cpu_seconds + TURN)
-                groups = run.model_optimizer.param_groups + run.agent_optimizer.param_groups
                 while run.cpu_seconds < until:
                     begun = time.process_time()
-                    for group in groups:
-                        share = min(1, (run.updates + 1) / run.settings.warmup_updates)
-                        group["lr"].fill_(share * group["rate"])
+                    drama.warm_up(run)
                     row[f"{part} frames"] += learn(run)
                     run.updates += 1
                     run.cpu_seconds += time.process_time() - begun
@@ -192,7 +189,7 @@ def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.
     for seed in range(seeds):
         trials = []
         for variant, s in variants.items():
-            settings = spelled(s, [flag for flag in FLAGS
+            settings = as_text(s, [flag for flag in FLAGS
                                    if getattr(s, flag) != getattr(drama.Settings, flag)])
             key = dict(settings=settings, steps=digest, seed=str(seed), seconds=str(seconds))
             row = next((row for row in read_rows(path) if key.items() <= row.items()), None)
@@ -266,7 +263,7 @@ def run_command(argv: list[str]):
         variants[" ".join([preset, *words])], *_ = drama.new_settings(flags)
     steps = recorded(Path(source), s) if source else random_play(s, STEPS).steps(0, STEPS)
     if keep:
-        np.savez_compressed(packed := io.BytesIO(), game=spelled(s, GAME), **steps)
+        np.savez_compressed(packed := io.BytesIO(), game=as_text(s, GAME), **steps)
         return write_file(Path(keep), packed.getvalue())
     title = re.sub(r"[^\w.-]+", "-", s.game)
     name = Path(source).resolve().stem if source else "random play"

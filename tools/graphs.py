@@ -87,7 +87,7 @@ def check(updates: int = 30):
         for group in run.model_optimizer.param_groups + run.agent_optimizer.param_groups:
             group["lr"].fill_(group["rate"])
         for update in range(updates):
-            batch = run.draw(s.batch, s.length, drama.randomness(s.seed, update, "windows"))
+            batch = run.draw_windows(s.batch, s.length, drama.reseed(s.seed, update, "windows"))
             torch.cuda.synchronize()
             start = time.perf_counter()
             z, _, good = drama.update_world_model(run, batch)

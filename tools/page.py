@@ -214,7 +214,7 @@ class Session:
         self.taken = self.earned = self.last_score = None
         self.steps, self.score, self.parted = 0, 0.0, False
         before = self.world.start(at, player.half)
-        drama.randomness(self.agent.s.seed, 0, "test")
+        drama.reseed(self.agent.s.seed, 0, "test")
         self.look()
         for _ in range(before):
             self.step(None)
@@ -237,7 +237,7 @@ class Session:
     def step(self, action: int | None):
         """One step on, with this action or one of the agent's own; in a film, with the film's."""
         self.steps += 1
-        drama.randomness(self.agent.s.seed, self.steps, "test")
+        drama.reseed(self.agent.s.seed, self.steps, "test")
         mind, recorded = self.dream or self.real, self.world.recorded
         if self.filmed:
             action = recorded

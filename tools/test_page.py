@@ -93,7 +93,7 @@ def test_a_dream_is_that_of_the_world_model(agent, monkeypatch):
     z, d_past = here.real.z.clone(), here.real.d_past.clone()
     start = Start(z, d_past, here.real.state, here.real.first)
     actions = [(int(agent.moments["action"][4]) + 1) % 4, 2, 1]  # the first is not the film's
-    monkeypatch.setattr(drama, "randomness", lambda *_: None)
+    monkeypatch.setattr(drama, "reseed", lambda *_: None)
     torch.manual_seed(5)
     dream = agent.player.model.imagine(start, 3, lambda t, z, d: torch.tensor([actions[t]]))
     torch.manual_seed(5)
