@@ -234,10 +234,10 @@ class WorldModel(nn.Module):
         self.representation_scale, self.event_weight = representation_scale, event_weight
         d_latent, side = groups * classes, size // math.prod(strides)
         self.cells = side**2 if local else 1
+        self.encoder = encoder(channels, strides, kernels, self.cells)
         if groups % self.cells:
             raise ValueError(f"local latents need {self.cells} groups, or a multiple: as many for "
                              "each cell of the encoder's last image")
-        self.encoder = encoder(channels, strides, kernels, self.cells)
         d_cell, d_features = d_latent // self.cells, channels[-1] * side**2 // self.cells
         self.posterior_head = nn.Linear(d_features, d_cell)
         self.decoder = decoder(d_cell, d_features, channels, strides, kernels, side)
@@ -524,8 +524,8 @@ class ActorCritic(nn.Module):
         """s_0 .. s_T (T + 1, N, F) and what came of T steps (T, N) -> the critic's loss (T, N), its
         values (T + 1, N) and the returns (T, N).
 
-        Returns end in the critic's own value after the last step and where the episode was
-        `truncated` (T, N), if it is said: these steps teach nothing.
+        After the last step, and where the episode was `truncated` (T, N), the critic's own value
+        stands for what is not known; truncated steps have no loss.
         """
         logits = self.critic(features[:-1])  # (T, N, bins)
 

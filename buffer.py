@@ -218,7 +218,7 @@ def in_one_sentence(what: str):
 # ---------------------------------------------------------------- what must not cost a run
 
 
-class Stop:
+class StopSignal:
     """Whether Ctrl-C, a kill or a closed window asked the loop to save and end; the second one
     ends at once. A handler only sets a flag: it may come in the middle of anything, even a print.
     What the parent of this process had ignored (nohup) stays ignored.

@@ -5,10 +5,9 @@
     python drama.py --watch runs/Breakout-s0    film an episode
     python drama.py --export runs/Breakout-s0 Breakout.pt    the agent as one file, for the last two
 
-This file is all that runs: settings, game, training loop, saving, evaluation, command line. Read it
-first, as far as the end of the training loop; then buffer.py, all that is remembered; agent.py, all
-that learns, with the time index of every step t; and scan.py, the sequence layers. All counts of
-steps are agent steps; in Atari one is four frames of the game.
+All that runs: settings, game, training loop, saving, evaluation, command line. Read it first, to
+the end of the training loop; then buffer.py, all that is remembered; agent.py, all that learns; and
+scan.py, the sequence layers. Steps are those of the agent; in Atari one is four frames of the game.
 """
 
 import argparse
@@ -47,7 +46,7 @@ from tqdm import tqdm
 
 from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fast_precision
 from agent import keep_freed_memory, make_optimizer, take_step
-from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, Stop, Stopped
+from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, StopSignal, Stopped
 from buffer import command_line, export, human_normalised, in_digits, in_one_sentence
 from buffer import in_todays_words, kept_evaluation, known_scores, load_run, mean_and_error
 from buffer import random_play, reason, versions, write_json, write_png
@@ -323,8 +322,7 @@ class Run:
 
     def begin_episode(self, number: int):
         self.episode, self.score, self.episode_length = number, 0.0, 0
-        seeds = episode_seeds(self.settings.seed, number, "reset")
-        self.frame = self.game.reset(seeds)  # what is seen now
+        self.frame = self.game.reset(episode_seeds(self.settings.seed, number, "reset"))  # seen now
 
     def autocast(self):
         """Large products in bfloat16 where settled so; scans and losses stay in float32."""
@@ -381,7 +379,7 @@ def warm_up(run: Run):
         group["lr"].fill_(group["rate"] * min(1, (run.updates + 1) / run.settings.warmup_updates))
 
 
-def train(run: Run, folder: Folder, stop: Stop):
+def train(run: Run, folder: Folder, stop: StopSignal):
     """Drama's training loop (paper, algorithm 1), from run.step to the end."""
     s, replay, saved = run.settings, run.replay, time.monotonic()
     bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
@@ -507,8 +505,7 @@ def save(run: Run, folder: Folder):
     folder.save(run.step, state_of(run), run.replay, asdict(s), threads=torch.get_num_threads(),
                 device=str(run.device))
     if run.step >= PICTURE_STEPS:
-        last = run.step - PICTURE_STEPS
-        window = reseed(s.seed, run.step, "picture").integers(last + 1, size=1)
+        window = reseed(s.seed, run.step, "picture").integers(run.step - PICTURE_STEPS + 1, size=1)
         batch = run.replay.windows(window, PICTURE_STEPS, run.device)
         write_png(folder.path / f"dream-{run.step:06d}.png",
                   [dream_picture(run.model, batch).numpy()])
@@ -809,7 +806,10 @@ def game_title(text: str) -> str:
 
     titles = {plain(title): title for title in (*AtariGame.names(), "Dot")}
     wanted = plain(re.sub(r"^ALE/|(Deterministic|NoFrameskip)?-v\d+$", "", text))
-    if wanted in titles or ":" in text or text in gymnasium.registry:
+    known = gymnasium.registry.get(text)
+    if re.search(r":|\.py$", text) or known and "ale_py" not in str(known.entry_point):
+        return text
+    if wanted in titles or known:
         return titles.get(wanted, text)
     near = [titles[name] for name in difflib.get_close_matches(wanted, titles, 3, 0.5)]
     near += difflib.get_close_matches(text, gymnasium.registry, 1, 0.8)
@@ -1020,7 +1020,7 @@ def train_command(flags: dict):
                 folder.open_for_writing(new=True)
                 save(run, folder)
             introduce(run, why, folder.path)
-            with Stop() as stop:
+            with StopSignal() as stop:
                 train(run, folder, stop)
         except OSError as error:
             raise Stopped(f"{reason(error)}. {folder.kept()}") from None

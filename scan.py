@@ -300,10 +300,12 @@ def ssd(x, dt, A, B, C, D, state=None, reset=None, every=None):
 
 
 def ssd_plan(length, device, every=None):
-    """(K blocks, Q steps of each): the matrices cost Q, the states 1 / Q, the loop K."""
-    longest = every or (32 if device.type == "cpu" else 64)
-    K = -(-length // longest)
-    return K, -(-length // K)
+    """K blocks, Q steps of each, blocks of a piece: matrices cost Q, states 1 / Q, the loop K."""
+    if every:
+        Q = max(Q for Q in range(1, min(every, 128) + 1) if every % Q == 0)
+        return length // Q, Q, every // Q
+    K = -(-length // (32 if device.type == "cpu" else 64))
+    return K, -(-length // K), K
 
 
 @functools.cache
@@ -368,7 +370,7 @@ class SSD(torch.autograd.Function):
 
     def forward(ctx, x, dt, B, C, rate, own, state, reset, lost, every):
         (batch, length, H, P), N = x.shape, B.shape[-1]
-        K, Q = ssd_plan(length, x.device, every)
+        K, Q, blocks = ssd_plan(length, x.device, every)
         piece, lost = every or length, lost[..., None]  # (B, L, 1)
         own = own.masked_fill(lost, math.nan)
         dt, rate = (part.masked_fill(lost, 0.0) for part in (dt, rate))
@@ -395,15 +397,15 @@ class SSD(torch.autograd.Function):
         torch.mul(C.mT, enter[..., None, :], out=weights[..., Q:, :])
         y = weights.mT @ inputs[:K]  # (K, B, H, Q, P)
         ctx.save_for_backward(dt, B, C, rate, own, reset, inputs)
-        ctx.length, ctx.every = length, every
-        states = inputs[1 if every else K:, ..., Q:, :].transpose(0, 1)  # (B, K or 1, H, N, P)
+        ctx.length, ctx.piece, ctx.blocks = length, piece, blocks
+        states = inputs[blocks::blocks, ..., Q:, :].transpose(0, 1)  # (B, pieces, H, N, P)
         states = states.masked_fill(lost[:, piece - 1::piece, ..., None, None], math.nan)
         return SSD.join(y, length).contiguous(), states.mT
 
     def backward(ctx, gy, gstates):
         dt, B, C, rate, own, reset, inputs = ctx.saved_tensors
         (K, batch, H, Q), N, P = dt.shape, B.shape[-1], inputs.shape[-1]
-        inputs, piece = inputs[:K], ctx.every or ctx.length
+        inputs, piece, blocks = inputs[:K], ctx.piece, ctx.blocks
         lost = 0 * gy.sum((2, 3))  # (B, L), NaN where a gradient is no number: gown shows it
         lost[:, piece - 1::piece] += 0 * gstates.sum((2, 3, 4))
         gstates = finite(gstates)
@@ -419,8 +421,8 @@ class SSD(torch.autograd.Function):
         gadded_k, through_k, glasts = gadded.unbind(), through.unbind(), gouts[..., Q:, :].unbind()
         for k in range(K - 1, 0, -1):
             torch.addcmul(gadded_k[k], through_k[k], glasts[k], out=glasts[k - 1])
-            if ctx.every:
-                glasts[k - 1].add_(gstates[:, k - 1].transpose(2, 3))
+            if k % blocks == 0:
+                glasts[k - 1].add_(gstates[:, k // blocks - 1].transpose(2, 3))
         gfirst = torch.addcmul(gadded[0], through[0], gouts[0, ..., Q:, :])
         # 3. The gradients of the inputs.
         scores = B @ C.mT  # (K, B, G, Q, Q)
@@ -927,7 +929,7 @@ class SequenceModel(nn.Module):
 
 
 def main():
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     randn = functools.partial(torch.randn, device=device)
     for name, scan, loop, channels, rates in (("s6", s6, s6_sequential, (128,), (128, 16)),
                                               ("ssd", ssd, ssd_sequential, (2, 64), (2,))):

@@ -156,7 +156,7 @@ def test_plans_cover_every_step_once(device):
     for length in (1, 128, 129, 16384):
         K, Q, keep = scan.s6_plan(length, torch.device(device))
         assert K * Q >= length > (K - 1) * Q and keep <= Q <= 128 or length == Q == 1
-        K, Q = scan.ssd_plan(length, torch.device(device))
+        K, Q, _ = scan.ssd_plan(length, torch.device(device))
         assert K * Q >= length > (K - 1) * Q and Q <= 64
 
 
@@ -361,6 +361,24 @@ def test_the_states_after_every_piece_are_those_of_the_steps_up_to_there(backbon
             _, expected = model(inputs[:, :stop], first, reset[:, :stop])
             for layer, truth in zip(states, expected, strict=True):
                 assert_close([part[:, piece] for part in layer], truth, 1e-9)
+
+
+def test_ssd_cuts_a_long_piece_into_blocks():
+    """... whose matrices take memory with the cube of their steps."""
+    def by_pieces(x, dt, A, B, C, D, state):
+        ys, states = [], [state]
+        for now in (slice(130), slice(130, 260)):
+            y, state = loop("ssd", x[:, now], dt[:, now], A, B[:, now], C[:, now], D, states[-1],
+                            reset[:, now])
+            ys.append(y)
+            states.append(state)
+        return torch.cat(ys, 1), torch.stack(states[1:], 1)
+
+    assert scan.ssd_plan(2048, torch.device("cpu"), 1024)[1] <= 128
+    inputs, reset = scan_inputs("ssd", 2, 260), torch.rand(2, 260) < 0.02
+    gy, gstates = torch.randn_like(inputs[0]), torch.randn(2, 2, *inputs[-1].shape[1:]).double()
+    assert_close(values_and_gradients(lambda *i: scan.ssd(*i, reset, 130), inputs, gy, gstates),
+                 values_and_gradients(by_pieces, inputs, gy, gstates), 1e-11)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -1839,6 +1857,7 @@ def test_frames_are_kept_where_every_one_of_them_can_be_read(monkeypatch):
     ("MsPacman", "MsPacman"), ("ms_pacman", "MsPacman"), ("KungFuMaster", "KungFuMaster"),
     ("dot", "Dot"), ("CartPole-v1", "CartPole-v1"), ("a/my_game.py:Pong", "a/my_game.py:Pong"),
     ("minigrid:MiniGrid-Empty-5x5-v0", "minigrid:MiniGrid-Empty-5x5-v0"),
+    ("Blackjack", "Blackjack"), ("Blackjack-v1", "Blackjack-v1"),  # Atari's, and Gymnasium's own
 ])  # fmt: skip
 def test_a_game_is_known_by_any_usual_name(name, title):
     assert drama.game_title(name) == title
@@ -2080,6 +2099,7 @@ def test_a_film_shows_the_game_that_is_played(monkeypatch):
 
 @pytest.mark.parametrize("flags, says", [
     ("--game missing.py:Game", "missing.py:Game cannot be made: .*FileNotFoundError"),
+    ("--game my_game.py", "my_game.py needs the name of its class or function"),
     ("--game Pong --action-repeat 2", "--action-repeat are for Gymnasium games"),
     ("--game Pong --game-args size=8", "--game-args and .* for Gymnasium games"),
 ])  # fmt: skip
@@ -4238,7 +4258,7 @@ def test_a_folder_need_not_be_synced_but_a_disk_must_not_fail(number, kind, forg
 def test_a_signal_asks_and_a_second_one_ends_at_once():
     kinds = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(kind) for kind in kinds]
-    with buffer.Stop() as stop:
+    with buffer.StopSignal() as stop:
         assert not stop.asked
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked and all(signal.getsignal(kind) == signal.SIG_DFL for kind in kinds)
@@ -4248,7 +4268,7 @@ def test_a_signal_asks_and_a_second_one_ends_at_once():
 def test_a_signal_that_the_parent_ignored_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with buffer.Stop() as stop:
+        with buffer.StopSignal() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.asked and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -4368,6 +4388,14 @@ def test_imports_run_one_way():
 def test_scan_knows_nothing_of_reinforcement_learning():
     words = r"\b(reward|agent|actor|critic|episode|polic(y|ies)|game)s?\b"
     assert not re.findall(words, (HERE / "scan.py").read_text(), re.I)
+
+
+def test_the_scans_are_checked_on_a_device_that_is_there(monkeypatch, capsys):
+    """A torch built with CUDA names it where no GPU is, unless it is asked to look."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False:
+                        None if check_available else torch.device("cuda"))
+    scan.main()
+    assert capsys.readouterr().out.count("on cpu against its loop") == 2
 
 
 def test_importing_has_no_effect(tmp_path):

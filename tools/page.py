@@ -298,12 +298,14 @@ def progress(folder: Path, column: str) -> dict:
     rows = curves.columns(table, "step", column, "steps_per_second", empty="nan")
     header = table.read_text("utf-8").partition("\n")[0].split(",") if len(rows) else []
     logged, pace = rows[-1, [0, 2]] if len(rows) else (0, np.nan)
-    step = max([int(logged), *map(step_of, Folder(folder).manifests()[:1])])
+    saves = Folder(folder).manifests()[:1]
+    step = max([int(logged), *map(step_of, saves)])
     tests = map(kept_evaluation, Folder(folder).numbered("evaluation", ".json"))
     return dict(
         game=game, steps=steps, seed=seed, step=step,
         left=(steps - step) / pace if pace > 0 else None,
-        silent=time.time() - table.stat().st_mtime if len(rows) else None,
+        silent=time.time() - max(path.stat().st_mtime for path in (table, *saves)) if len(rows)
+        else None,
         scores=scores[np.isfinite(scores).all(1)].tolist(),
         tests=[[at, sum(each) / len(each)] for at, each in tests if each],
         columns=header[1:], column=rows[np.isfinite(rows[:, 1]), :2].tolist(),

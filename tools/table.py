@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import Mistake, in_todays_words, known_scores
+from buffer import Mistake, human_normalised, in_todays_words, known_scores
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
 AGENTS = list(PUBLISHED["Alien"])[2:]
@@ -30,7 +30,7 @@ PROTOCOLS = {"evaluation": "evaluation", "training": "last five in training"}
 AGGREGATES = ["mean", "median", "IQM", "optimality gap"]
 # Runs that are averaged may differ in which run it is, and where and how it was run
 MAY_DIFFER = {"game", "seed", "steps", "preset", "device", "threads", "replay_device",
-              "save_minutes", "log_every", "eval_episodes", "game_args", "action_repeat"}
+              "save_minutes", "log_every", "eval_episodes", "game_args"}  # args are in Run.game
 DEFAULTS = {name: list(value) if isinstance(value, tuple) else value  # as in JSON
             for name, value in vars(drama.Settings(preset="")).items()}
 
@@ -65,7 +65,8 @@ def read_run(folder: Path) -> Run:
             scores=[], last_training_scores=[score for _, score in curve[-5:]])
         scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
         scores = {name: np.array(values, float) for name, values in scores.items() if values}
-        return Run(folder, s, s["game"], s["seed"], test["step"], scores, curve)
+        game = f"{s['game']} {s['game_args']}".strip()
+        return Run(folder, s, game, s["seed"], test["step"], scores, curve)
     except (ValueError, KeyError, TypeError):
         raise Mistake(f"a file of {folder} is damaged: mend it, or leave the run out.") from None
 
@@ -116,12 +117,6 @@ def gather(folders: list[Path]) -> tuple[dict, list[str]]:
 
 
 # ---------------------------------------------------------------- statistics
-
-
-def human_normalised(game: str, score):
-    """Percent of the way from random play to a human; NaN for a game without such scores."""
-    random, human = (PUBLISHED.get(game, {}).get(name, math.nan) for name in ("random", "human"))
-    return 100 * (score - random) / (human - random)
 
 
 def seed_means(runs: list[Run], protocol: str) -> np.ndarray:
@@ -177,7 +172,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def cell(game: str, score: float, error: float = math.nan, mark: str = "") -> str:
     digits, percent = 1 if abs(score) < 100 else 0, human_normalised(game, score)
     return (f"{score:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}{mark}")
-            + ("" if math.isnan(percent) else f" ({round(percent)} %)"))
+            + ("" if percent is None else f" ({round(percent)} %)"))
 
 
 def score_tables(groups: dict) -> str:
@@ -254,9 +249,11 @@ def write_json(folder: Path, groups: dict):
             scores = {game: seed_means(runs, protocol).tolist() for game, runs in games.items()}
             (folder / f"{'-'.join(words)}.json").write_text(json.dumps(scores, indent=1), "utf-8")
         for run in sum(games.values(), []):
-            task = "atari_" + re.sub("(?<!^)(?=[A-Z])", "_", run.game).lower()
+            task, frames = run.game, run.settings["action_repeat"]
+            if task in drama.AtariGame.names():
+                task, frames = "atari_" + re.sub("(?<!^)(?=[A-Z])", "_", task).lower(), 4
             curves.append(dict(task=task, method=f"drama {name}", seed=str(run.seed),
-                               xs=[4 * step for step, _ in run.curve],
+                               xs=[frames * step for step, _ in run.curve],
                                ys=[score for _, score in run.curve]))
     (folder / "curves.json").write_text(json.dumps(curves), "utf-8")
 

@@ -268,6 +268,11 @@ def test_progress_is_what_the_files_say_and_they_stay_as_they_are(growing):
     assert told["column"] == [[400, 6.5]] and told["columns"] == ["kl", "steps_per_second"]
     assert (told["step"], told["steps"], told["left"]) == (400, 1000, 150)  # 600 at 4 a second
     assert told["picture"] == "dream-000300.png" and 0 <= told["silent"] < 600
+    os.utime(growing / "metrics.csv", (0, 0))
+    assert page.progress(growing, "kl")["silent"] > 1e9
+    (growing / "save-000400.json").write_text("{}")  # between two rows, as in `paper` on a CPU
+    assert page.progress(growing, "kl")["silent"] < 600
+    (growing / "save-000400.json").unlink()
     assert told["known"]["human"] == 22736.3 and told["known"]["Drama_XS_DFS"] == 23920
     assert page.progress(growing, "../../secret")["column"] == [] and contents(growing) == before
 

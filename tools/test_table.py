@@ -185,6 +185,18 @@ def test_csv_has_a_row_a_run_and_protocol_and_one_a_published_score(tmp_path, ca
     assert {row["agent"]: float(row["score"]) for row in published}["STORM"] == 16
 
 
+def test_games_of_other_arguments_are_other_games(tmp_path, capsys):
+    """Of the same seed, and no copies of each other."""
+    for name, score in (("MemoryS7", 1), ("DoorKey", 3)):
+        make_run(tmp_path / name, [(900, [score])], "grid.py:Partial", 0,
+                 dict(game_args=f"game={name}", action_repeat=2))
+    assert [row[0] for row in lines(capsys, tmp_path) if row[0].startswith("grid")] == [
+        "grid.py:Partial game=DoorKey", "grid.py:Partial game=MemoryS7"]
+    table.main([str(tmp_path), "--json", str(tmp_path / "out")])
+    first, *_ = json.loads((tmp_path / "out" / "curves.json").read_text())
+    assert first["task"].startswith("grid.py:Partial game=") and first["xs"] == [200, 400, 600]
+
+
 def test_json_is_in_the_formats_others_read(tmp_path, capsys):
     make_run(tmp_path / "runs" / "a", [(1000, [9, 11])], game="KungFuMaster")
     make_run(tmp_path / "runs" / "b", [(1000, [7])], game="KungFuMaster", seed=1)
