@@ -68,7 +68,7 @@ HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------- the scans and their layers
 
-LENGTHS = (1, 2, 3, 17, 63, 64, 65, 128, 129, 300)
+LENGTHS = (1, 2, 17, 32, 33, 64, 65, 129, 200)
 KINDS = ("s6", "ssd")
 LAYERS = {"mamba": lambda: scan.Mamba(16), "mamba2": lambda: scan.Mamba2(16, head_dim=8),
           "mamba3": lambda: scan.Mamba3(16, head_dim=8), "gru": lambda: scan.GRU(16),
@@ -1996,7 +1996,7 @@ def random_steps(game, rng, most=3000):
             break
 
 
-@pytest.mark.parametrize("title", ["Amidar", "Breakout", "DemonAttack"])
+@pytest.mark.parametrize("title", ["Amidar", "DemonAttack"])
 def test_other_games_end_where_the_emulator_says(title):
     game, ends = drama.AtariGame(title), []
     for seed in range(1000):  # without no-ops Amidar and DemonAttack count no lives yet
@@ -2025,10 +2025,10 @@ def test_resets_are_seeded_because_the_game_before_would_leak(title, monkeypatch
     same_actions = rng.integers(game.actions, size=(40, 1))
 
     def films(reset):  # of one beginning, each after another game
-        for _ in range(4):
+        for _ in range(3):
             reset()
             yield b"".join(game.step(action)[0].tobytes() for action in same_actions)
-            list(random_steps(game, rng, 300))
+            list(random_steps(game, rng, 200))
 
     assert len(set(films(lambda: game.reset(np.array([3]))))) == 1 < len(set(films(game.env.reset)))
 
@@ -4091,7 +4091,7 @@ def paused(tmp_path_factory):
 
 @pytest.mark.parametrize("spoil, variant", [
     *((spoil, "batch") for spoil in OF_THE_MODEL | OF_THE_AGENT | LASTING),
-    *((spoil, "contexts") for spoil in ("loss", "prior", "policy", "buffer"))])
+    *((spoil, "contexts") for spoil in ("prior", "buffer"))])
 def test_a_number_that_is_not_stops_the_run_and_is_never_saved(spoil, variant, paused, runs, fake,
                                                                tmp_path, capsys):
     """From step 30 on. What stays in the weights is found at the next save, here of the end."""
@@ -4319,7 +4319,7 @@ def test_a_terminal_stopped_by_ctrl_s_takes_ctrl_c(terminal, tmp_path):
     process = program(tmp_path / "run", "--steps", "100000", **ends, **control)
     shown = read_until(master, b"step/s", process)
     os.write(master, b"\x13")
-    time.sleep(1.5)  # the bar moves twice a second
+    time.sleep(0.8)  # the bar moves twice a second
     os.write(master, b"\x03")
     shown += read_until(master, b"goes on from there", process)
     assert process.wait() == 130 and b"saved at step" in shown and b"Traceback" not in shown
@@ -4474,7 +4474,7 @@ def test_every_operator_of_a_training_step_exists_on_MPS(name, fake, tmp_path):
             train(*args)
 
     fake.setattr(drama, "train", recorded)
-    assert command(tmp_path / "run", "--steps", "34", *STEPS[name].split()) == 0
+    assert command(tmp_path / "run", "--steps", "29", *STEPS[name].split()) == 0
     table = native_functions()
     missing = {op for op in recorder.operators if not runs_on_mps(op, table)}
     missing -= {op for op in missing if op.startswith("_scaled_dot_product_flash_attention_for_")}
