@@ -792,8 +792,8 @@ gymnasium.register("Dot", Dot)
 
 # A setting that means nothing while another one has one of these values
 HAS_NO_EFFECT = dict(tau=("sampling", "uniform"), head_dim=("backbone", "mamba", "gru"),
-               d_state=("backbone", "gru", "transformer"), harmony_lr=("harmony", False),
-               context=("dream_from", "batch"), replay_critic=("dream_from", "contexts"))
+                     d_state=("backbone", "gru", "transformer"), harmony_lr=("harmony", False),
+                     context=("dream_from", "batch"), replay_critic=("dream_from", "contexts"))
 MAY_CHANGE = ("steps", "device", "threads", "replay_device", "save_minutes", "eval_episodes")
 
 

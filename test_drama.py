@@ -2924,6 +2924,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--device cuda:0", "--device.*auto, cuda, mps, cpu"), ("--game Combat", "no game"),
     ("--threads 99999999999999", "--threads"), ("--eval-episodes 99999999999", "--eval-episodes"),
     ("--list-games", "leave out --"),
+    ("--local --strides 2,2,2,2,2,2,2 --channels 4,4,4,4,4,4,4", "strides must divide 64"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new"), *flags.split()], says)

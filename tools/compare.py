@@ -60,7 +60,7 @@ def random_play(s: drama.Settings, steps: int) -> Replay:
     return replay
 
 
-def as_text(s: drama.Settings, names) -> str:
+def settings_text(s: drama.Settings, names) -> str:
     return " ".join(drama.as_flag(name, getattr(s, name)) for name in names)
 
 
@@ -72,10 +72,10 @@ def recorded(path: Path, s: drama.Settings) -> dict[str, np.ndarray]:
     else:
         manifest, state, files = Folder(path).load()
         Folder(path).resume(manifest, state, files, replay := Replay(manifest["step"]))
-        played = as_text(drama.settings_of(manifest), GAME)
+        played = settings_text(drama.settings_of(manifest), GAME)
         steps = replay.steps(max(0, replay.length - STEPS), replay.length)
-    if played != as_text(s, GAME):
-        raise Mistake(f"{path} was played with {played}, not {as_text(s, GAME)}.")
+    if played != settings_text(s, GAME):
+        raise Mistake(f"{path} was played with {played}, not {settings_text(s, GAME)}.")
     if 0.7 * len(steps["action"]) < s.learning_starts:
         raise Mistake(f"{path} holds {len(steps['action'])} steps: too few to learn from.")
     return steps
@@ -189,8 +189,8 @@ def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.
     for seed in range(seeds):
         trials = []
         for variant, s in variants.items():
-            settings = as_text(s, [flag for flag in FLAGS
-                                   if getattr(s, flag) != getattr(drama.Settings, flag)])
+            settings = settings_text(s, [flag for flag in FLAGS
+                                         if getattr(s, flag) != getattr(drama.Settings, flag)])
             key = dict(settings=settings, steps=digest, seed=str(seed), seconds=str(seconds))
             row = next((row for row in read_rows(path) if key.items() <= row.items()), None)
             if not row:
@@ -263,7 +263,7 @@ def run_command(argv: list[str]):
         variants[" ".join([preset, *words])], *_ = drama.new_settings(flags)
     steps = recorded(Path(source), s) if source else random_play(s, STEPS).steps(0, STEPS)
     if keep:
-        np.savez_compressed(packed := io.BytesIO(), game=as_text(s, GAME), **steps)
+        np.savez_compressed(packed := io.BytesIO(), game=settings_text(s, GAME), **steps)
         return write_file(Path(keep), packed.getvalue())
     title = re.sub(r"[^\w.-]+", "-", s.game)
     name = Path(source).resolve().stem if source else "random play"
