@@ -158,6 +158,7 @@ class Settings:
     agent_lr: float = setting(4e-5, "learning rate of actor and critic (code)")
     harmony_lr: float = setting(1e-4, "learning rate of the loss weights: about 10 / updates (H)")
     warmup_updates: int = setting(1000, "updates over which the rates rise from 0 (code)")
+    cooldown: float = setting(0.0, "last share of the run, in which they fall to 0 (ours)", high=1)
     eps: float = setting(1e-20, "epsilon of the optimiser (code)", low=1e-20)
     model_max_grad_norm: float = setting(1000.0, "largest gradient norm of the model (paper)")
     agent_max_grad_norm: float = setting(100.0, "largest gradient norm of the agent (paper)")
@@ -373,10 +374,12 @@ def update_agent(run: Run, batch: Batch, z: Tensor, good: Tensor):
     return metrics | dict(agent_norm=norm), good
 
 
-def warm_up(run: Run):
-    """Learning rates rise from 0 to their own over the first updates."""
+def set_rates(run: Run):
+    """Learning rates rise from 0 to their own over the first updates, and fall at the run's end."""
+    s, left = run.settings, 1 - run.step / run.settings.steps  # a share of the run
+    share = min(1, (run.updates + 1) / s.warmup_updates, left / s.cooldown if s.cooldown else 1)
     for group in run.model_optimizer.param_groups + run.agent_optimizer.param_groups:
-        group["lr"].fill_(group["rate"] * min(1, (run.updates + 1) / run.settings.warmup_updates))
+        group["lr"].fill_(group["rate"] * share)
 
 
 def train(run: Run, folder: Folder, stop: StopSignal):
@@ -406,7 +409,7 @@ def train(run: Run, folder: Folder, stop: StopSignal):
 
             if step >= s.learning_starts and (step - s.learning_starts) % s.train_every == 0:
                 # ---- 2. Learn the world, from windows of the replay
-                warm_up(run)
+                set_rates(run)
                 batch = run.draw_windows(s.batch, s.length, reseed(s.seed, step, "windows"))
                 reseed(s.seed, step, "model")
                 z, metrics, good = update_world_model(run, batch)
@@ -549,8 +552,7 @@ def settings_of(manifest: dict) -> Settings:
 
 
 def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "posterior", **changes):
-    """Settings, with `changes`, player and saved state of a run's folder or an exported agent: all
-    one needs to play."""
+    """Settings, with `changes`, player and saved state of a run's folder or an exported agent."""
     manifest, state, _ = load_run(Path(path), with_replay=False)
     device, learnt = pick_device(str(device))[0], state["learning"]
     with in_one_sentence(f"{path} does not fit this version"):

@@ -1629,7 +1629,7 @@ def test_a_bad_update_changes_no_bit_and_the_next_is_as_if_it_had_not_been(kind,
         assert everything(one) == everything(other)
 
 
-def test_rates_rise_over_the_warm_up_updates_of_a_run(fake, tmp_path):
+def test_rates_rise_over_the_warm_up_updates_of_a_run_and_fall_in_its_cooldown(fake, tmp_path):
     seen, take_step = [], drama.take_step
 
     def watched(module, optimizer, *rest):
@@ -1637,9 +1637,9 @@ def test_rates_rise_over_the_warm_up_updates_of_a_run(fake, tmp_path):
         return take_step(module, optimizer, *rest)
 
     fake.setattr(drama, "take_step", watched)
-    rates = "--model-lr 1 --harmony-lr 2 --agent-lr 3 --warmup-updates 5".split()
+    rates = "--model-lr 1 --harmony-lr 2 --agent-lr 3 --warmup-updates 5 --cooldown 0.25".split()
     assert command(tmp_path / "run", *rates) == 0
-    share = [0.2, 0.4, 0.6, 0.8] + [1.0] * 6
+    share = [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 0.75, 0.5, 0.25]  # steps 24, 28 .. 60 of 64
     close(seen[::2], [[1 * x, 2 * x] for x in share])
     close(seen[1::2], [[3 * x] for x in share])
 
@@ -2714,8 +2714,8 @@ CHANGED = dict(
     harmony=False, event_weight=1.5, local=True, dream_from="contexts", dreams=5, context=4,
     horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8,
     entropy=0.002, policy_unimix=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop",
-    model_lr=0.002, agent_lr=0.003, warmup_updates=6, eps=1e-12, model_max_grad_norm=50.0,
-    agent_max_grad_norm=60.0)  # fmt: skip
+    model_lr=0.002, agent_lr=0.003, warmup_updates=6, cooldown=0.3, eps=1e-12,
+    model_max_grad_norm=50.0, agent_max_grad_norm=60.0)  # fmt: skip
 WHERE_THEY_MEAN_SOMETHING = dict(  # and CHANGED makes them mean nothing
     preset="debug", steps=70, eval_episodes=1, tau=3.5, head_dim=8, harmony_lr=0.004,
     replay_critic=0.2)  # fmt: skip

@@ -134,7 +134,7 @@ def take_turns(trials: list[tuple[drama.Run, dict]], part: str, learn, seconds: 
                 until = min(seconds, run.cpu_seconds + TURN)
                 while run.cpu_seconds < until:
                     begun = time.process_time()
-                    drama.warm_up(run)
+                    drama.set_rates(run)
                     row[f"{part} frames"] += learn(run)
                     run.updates += 1
                     run.cpu_seconds += time.process_time() - begun
