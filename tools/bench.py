@@ -27,7 +27,8 @@ if os.name == "posix":
 
 REPEATS = 7
 PRODUCT = 4096  # side of the matrices of the large product
-NO_PART = ("save_minutes", "log_every", "eval_episodes", "warmup_updates")  # in how long it takes
+NO_PART = (  # in how long it takes
+    "save_minutes", "log_every", "eval_episodes", "warmup_updates", "cooldown")
 
 
 def wait(device: torch.device):

@@ -78,7 +78,7 @@ def test_turns_at_equal_time_and_rates_that_rise_by_updates(monkeypatch):
     for cost, name in ((1, "A"), (2, "B")):
         group = [dict(rate=0.5, lr=torch.zeros(()))]
         trials.append((types.SimpleNamespace(
-            name=name, cost=cost, settings=tiny_settings(warmup_updates=4),
+            name=name, cost=cost, step=0, settings=tiny_settings(warmup_updates=4),
             model_optimizer=types.SimpleNamespace(param_groups=group),
             agent_optimizer=types.SimpleNamespace(param_groups=[])), {}))
 
@@ -203,6 +203,7 @@ def test_the_table_by_hand(capsys):
     (["Breakout", ""], "begins with paper"),
     (["Breakout", "laptop --bach 2"], "unknown flag '--bach': did you mean --batch"),
     (["Breakout", "laptop --seed 2"], "unknown flag '--seed'"),
+    (["Breakout", "laptop --cooldown 0.2"], "unknown flag '--cooldown'"),
     (["Breakout", "laptop", "best --batch 0"], "--batch must be from 1"),
     (["Breakout", "--seconds", "0"], "--seconds must be 1 or more"),
     (["Breakout", "--seeds", "1"], "--seeds 2 or more"), (["Brakout"], "Breakout"),
