@@ -139,7 +139,7 @@ class ToImage(nn.Module):
         return x.mT.reshape(-1, *self.shape).contiguous(memory_format=image_layout(x.device))
 
 
-def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int, norm: type):
+def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int):
     """Frames (B, 3, 64, 64) -> features (B, cells, channels[-1] * side * side / cells). Raises
     ValueError for lists that do not fit each other or the frames."""
     if len(channels) != len(strides) or 64 % math.prod(strides):
@@ -152,12 +152,12 @@ def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: 
     blocks = []
     for before, after, stride, kernel in zip([3] + channels, channels, strides, kernels):
         conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
-        blocks += [conv, norm(after), nn.SiLU()]
+        blocks += [conv, BatchNorm(after), nn.SiLU()]  # nn.BatchNorm2d, exact on a CPU
     return nn.Sequential(*blocks, ToCells(cells))
 
 
 def decoder(d_input: int, d_cell: int, channels: list[int], strides: list[int], kernels: list[int],
-            side: int, norm: type):
+            side: int):
     """The encoder mirrored: (B, cells, d_input) -> d_cell features each -> logits of frames
     (B, 3, 64, 64)."""
     blocks = [nn.Linear(d_input, d_cell), ToImage(channels[-1], side)]
@@ -168,7 +168,7 @@ def decoder(d_input: int, d_cell: int, channels: list[int], strides: list[int], 
         # ToPixels is a ConvTranspose2d, faster where there are so few channels
         kind = ToPixels if after == 3 and kernel == 2 * stride else nn.ConvTranspose2d
         conv = kind(before, after, kernel, stride, padding, output_padding=extra)
-        blocks += [norm(before), nn.SiLU(), conv]
+        blocks += [BatchNorm(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)
 
 
@@ -221,28 +221,26 @@ class WorldModel(nn.Module):
     `harmony` learns one weight for each of the image, reward and latent losses (HarmonyDream,
     equation 6); `event_weight` looks closer at the few pixels that moved. With `local` each cell of
     the encoder's last image has categoricals of its own: those of all of it overlook a small ball.
-    With `batch_renorm` it sees a frame in training as it will in play.
     """
 
     def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernels: list[int],
                  groups: int, classes: int, d_model: int, layers: int, backbone: str,
                  d_state: int, head_dim: int, length: int, dropout: float, head_hidden: int,
                  unimix: float, free_nats: float, representation_scale: float, harmony: bool,
-                 event_weight: float, local: bool, batch_renorm: bool, size: int = 64):
+                 event_weight: float, local: bool, size: int = 64):
         super().__init__()
         self.actions, self.groups, self.classes = actions, groups, classes
         self.unimix, self.free_nats = unimix, free_nats
         self.representation_scale, self.event_weight = representation_scale, event_weight
         d_latent, side = groups * classes, size // math.prod(strides)
         self.cells = side**2 if local else 1
-        norm = BatchRenorm if batch_renorm else BatchNorm
-        self.encoder = encoder(channels, strides, kernels, self.cells, norm)
+        self.encoder = encoder(channels, strides, kernels, self.cells)
         if groups % self.cells:
             raise ValueError(f"local latents need {self.cells} groups, or a multiple: as many for "
                              "each cell of the encoder's last image")
         d_cell, d_features = d_latent // self.cells, channels[-1] * side**2 // self.cells
         self.posterior_head = nn.Linear(d_features, d_cell)
-        self.decoder = decoder(d_cell, d_features, channels, strides, kernels, side, norm)
+        self.decoder = decoder(d_cell, d_features, channels, strides, kernels, side)
         self.sequence = SequenceModel(d_latent + actions, d_model, layers=layers, dropout=dropout,
                                       backbone=backbone, d_state=d_state, head_dim=head_dim,
                                       length=length)
@@ -776,36 +774,8 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or x[:, 0].numel() < 2**19:
-            return self.normalise(x)
-        return self.normalise(x.contiguous()).contiguous(memory_format=image_layout(x.device))
-
-    def normalise(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-class BatchRenorm(BatchNorm):
-    """Batch norm by the running averages, as in play, when it trains, too; gradients are still
-    those of batch norm. (A window shows one scene; by its own statistics that looks different.)
-
-    Source: Ioffe (arXiv 1702.03275), without limits; averages reach over some 100 batches.
-    """
-
-    def normalise(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().normalise(x)
-        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        with torch.no_grad():
-            F.batch_norm(x, mean, variance, training=True, momentum=1.0)  # writes both
-            self.num_batches_tracked += 1
-            share = (1 / self.num_batches_tracked).clamp(min=0.01)
-            self.running_mean += share * (mean - self.running_mean)
-            self.running_var += share * (variance - self.running_var)
-            deviation = (self.running_var + self.eps).sqrt()
-            biased = variance * (1 - 1 / x[:, 0].numel())
-            scale = (biased + self.eps).sqrt() / deviation
-            shift = (mean - self.running_mean) / deviation
-        weight, bias = self.weight * scale, self.bias + self.weight * shift
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=image_layout(x.device))
 
 
 class ToPixels(nn.ConvTranspose2d):

@@ -135,8 +135,6 @@ class Settings:
     harmony: bool = setting(False, "learn the weights of the model's losses (H)")
     event_weight: float = setting(1.0, "image weight of what moves, if few pixels do (ours)", low=1)
     local: bool = setting(False, "give every cell of the encoder its own latents (ours)")
-    batch_renorm: bool = setting(False, "normalise images by running averages in training, too "
-                                 "(Ioffe 2017)")
     # Dreams
     dream_from: str = setting("contexts", "where dreams begin: after windows of their own (paper), "
                               "in the model's batch (ours)", choices=("contexts", "batch"))
@@ -287,7 +285,7 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
             backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, length=s.length,
             dropout=s.dropout, head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
             representation_scale=s.representation_scale, harmony=s.harmony,
-            event_weight=s.event_weight, local=s.local, batch_renorm=s.batch_renorm)
+            event_weight=s.event_weight, local=s.local)
     except ValueError as error:  # sizes that do not fit each other
         raise Mistake(f"{error}.") from None
     agent = ActorCritic(

@@ -52,8 +52,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 import buffer
 import drama
 import scan
-from agent import ActorCritic, BatchRenorm, Dream, Player, ReturnRange, Start, ToPixels
-from agent import Trajectory, TwoHot, WorldModel, lambda_return, make_optimizer, sample, take_step
+from agent import ActorCritic, Dream, Player, ReturnRange, Start, ToPixels, Trajectory, TwoHot
+from agent import WorldModel, lambda_return, make_optimizer, sample, take_step
 from buffer import Batch, Folder, Mistake, Replay, gumbel_top_k
 from drama import Dot, GymnasiumGame, make_gymnasium, rgb
 
@@ -766,7 +766,7 @@ def tiny_model(actions=4, **changes):
     sizes = dict(channels=[4, 4], strides=[4, 4], kernels=[5, 5], groups=4, classes=4, d_model=16,
                  layers=2, backbone="mamba2", d_state=4, head_dim=8, length=8, dropout=0.1,
                  head_hidden=8, unimix=0.01, free_nats=1.0, representation_scale=0.1, harmony=False,
-                 event_weight=1.0, local=False, batch_renorm=False)  # fmt: skip
+                 event_weight=1.0, local=False)  # fmt: skip
     return WorldModel(actions, **(sizes | changes)).eval()
 
 
@@ -1097,37 +1097,6 @@ def test_statistics_of_a_million_pixels_are_as_exact_as_those_of_a_few():
     close(norm.running_var, variance, 1e-6)
     close(y, (exact - mean.view(2, 1, 1)) / (variance.view(2, 1, 1) + 1e-5).sqrt(), 1e-5)
     assert y.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_batch_renorm_has_the_values_of_play_and_the_gradients_of_batch_norm():
-    norm = BatchRenorm(1).double()
-    norm.weight.data.fill_(3.0)
-    norm.bias.data.fill_(0.5)
-    first, second = (torch.tensor(values, dtype=torch.float64).view(2, 1, 2, 1)
-                     for values in ([1.0, 3, 5, 7], [2.0, 2, 6, 6]))
-    norm(first)
-    assert (norm.running_mean, norm.running_var) == (4, 20 / 3)  # at once those of the first
-    second.requires_grad_()
-    y = norm(second)
-    mean, variance = 4.0, 6.0  # halfway to 4 and 16 / 3; of the batch alone the deviation is 2
-    close(norm.running_mean, [mean], 1e-12)
-    close(norm.running_var, [variance], 1e-12)
-    close(y, 0.5 + 3 * (second - mean) / (variance + 1e-5) ** 0.5, 1e-12)
-    (gradient,) = torch.autograd.grad(y, second, gy := torch.tensor([1.0, 0, 0, 0]).view_as(y))
-    own = (second - second.mean()) / (second.var(unbiased=False) + 1e-5).sqrt()
-    (expected,) = torch.autograd.grad(own, second, gy)
-    close(gradient, 3 * expected * ((4 + 1e-5) / (variance + 1e-5)) ** 0.5, 1e-12)
-
-
-def test_with_batch_renorm_a_model_sees_the_same_in_training_and_in_play():
-    image = torch.rand(64, 3, 64, 64) * torch.rand(64, 1, 1, 1)
-    for batch_renorm in (False, True):
-        model = tiny_model(batch_renorm=batch_renorm).train()
-        for window in image.split(16):
-            trained = model.posterior(window)
-        played = model.eval().posterior(window)
-        error = (trained - played).abs().max()
-        assert error < 1e-3 if batch_renorm else error > 0.02
 
 
 @pytest.mark.parametrize("stride, side", [(4, 16), (2, 3), (3, 4), (8, 1)])
@@ -2742,7 +2711,7 @@ CHANGED = dict(
     sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
     kernel=(7, 4), groups=16, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
-    harmony=False, event_weight=1.5, local=True, batch_renorm=True, dream_from="contexts", dreams=5, context=4,
+    harmony=False, event_weight=1.5, local=True, dream_from="contexts", dreams=5, context=4,
     horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8,
     entropy=0.002, policy_unimix=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop",
     model_lr=0.002, agent_lr=0.003, warmup_updates=6, cooldown=0.3, eps=1e-12,
