@@ -1640,6 +1640,8 @@ def test_rates_rise_over_the_warm_up_updates_of_a_run_and_fall_in_its_cooldown(f
     rates = "--model-lr 1 --harmony-lr 2 --agent-lr 3 --warmup-updates 5 --cooldown 0.25".split()
     assert command(tmp_path / "run", *rates) == 0
     share = [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 0.75, 0.5, 0.25]  # steps 24, 28 .. 60 of 64
+    assert command(tmp_path / "run", "--steps", "80") == 0
+    share += [0.8, 0.6, 0.4, 0.2]  # steps 64, 68 .. 76 of 80
     close(seen[::2], [[1 * x, 2 * x] for x in share])
     close(seen[1::2], [[3 * x] for x in share])
 
@@ -2837,6 +2839,14 @@ def test_README_commands_are_understood(monkeypatch):
         if "--help" not in line and tool != "tools.graphs":  # which wants a GPU before all else
             with pytest.raises(Understood):
                 (importlib.import_module(tool) if tool else drama).run_command(shlex.split(line))
+
+
+def test_README_counts_the_lines_of_every_layer():
+    table = re.findall(r"^\| `(\w+)` \|.* \| (\d+) \|$", README, re.M)
+    lines = {node.name: str(node.end_lineno - node.lineno + 1)
+             for node in ast.parse((HERE / "scan.py").read_text()).body
+             if isinstance(node, ast.ClassDef)}
+    assert dict(table) == {name: lines[layer.__name__] for name, layer in scan.BACKBONES.items()}
 
 
 def test_README_game_of_ones_own_trains_and_is_evaluated(tmp_path, capsys):
