@@ -293,8 +293,9 @@ def command_line(command, argv: list[str] | None = None, name: str = "drama.py")
 
 def reason(error: Exception) -> str:
     """An error without its number."""
-    named = isinstance(error, OSError) and error.strerror and error.filename
-    return f"{error.strerror}: {error.filename}" if named else str(error)
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror + (f": {error.filename}" if error.filename else "")
 
 
 class Clock:
@@ -564,14 +565,15 @@ class Folder:
         line = ",".join(in_digits(row.get(column, "")) for column in header) + "\n"
         begun = name in self.tables  # else a file of that name is what a kill left behind
         waiting = self.unwritten.pop(name, "" if begun else text)
-        self.tables[name] = text + line
+        path, self.tables[name] = self.path / f"{name}.csv", text + line
         try:
-            with open(self.path / f"{name}.csv", "a" if begun else "w") as file:
+            with open(path, "a" if begun else "w") as file:
                 file.write(waiting + line)
-        except PermissionError:  # on Windows, while a spreadsheet shows it: with the next row, then
+        except OSError as error:
+            error.filename = str(path)  # a write that fails does not name it
             self.unwritten[name] = waiting + line
-            if os.name == "posix":
-                raise
+            if os.name == "posix" or not isinstance(error, PermissionError):
+                raise  # on Windows a spreadsheet may show it: with the next row, then
 
     def rewrite_tables(self):
         """Rows newer than the save will come again."""

@@ -1,7 +1,7 @@
 """Drama: an agent that learns a game inside its own model of it, on a laptop.
 
     python drama.py --game Breakout             learn; the same line again goes on where it stopped
-    python drama.py --eval runs/Breakout-s0     play 20 episodes and print the scores
+    python drama.py --eval runs/Breakout-s0     play full episodes and print the scores
     python drama.py --watch runs/Breakout-s0    film an episode
     python drama.py --export runs/Breakout-s0 Breakout.pt    the agent as one file, for the last two
 
@@ -551,8 +551,10 @@ def settings_of(manifest: dict) -> Settings:
     return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
-def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "posterior", **changes):
-    """Settings, with `changes`, player and saved state of a run's folder or an exported agent."""
+def load_player(path, device: str = "cpu", games: int | None = 1, act_on: str = "posterior",
+                **changes):
+    """Settings, with `changes`, player - of so many games, or one for each episode of an evaluation
+    - and saved state of a run's folder or an exported agent."""
     manifest, state, _ = load_run(Path(path), with_replay=False)
     device, learnt = pick_device(str(device))[0], state["learning"]
     with in_one_sentence(f"{path} does not fit this version"):
@@ -561,7 +563,7 @@ def load_player(path, device: str = "cpu", games: int = 1, act_on: str = "poster
         model, agent = build_networks(s, actions, device)
         model.load_state_dict(learnt["model"])
         agent.load_state_dict(parts)
-    return s, make_player(s, model, agent, games, act_on), state
+    return s, make_player(s, model, agent, games or s.eval_episodes, act_on), state
 
 
 # ---------------------------------------------------------------- evaluation
@@ -641,7 +643,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
 def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     """Film an episode in full size; in Atari, where there is a display, also show it in a window,
     as fast as a human would play: 15 steps a second, as the console drew 60 frames."""
-    display = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ}
+    display = s.game in AtariGame.names() and (
+        sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ})
     game, film, score, shown = make_game(s, film="window" if display else "file"), [], 0.0, 0.0
     reseeding = functools.partial(reseed, s.seed, purpose="test")
     moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseeding, limit)
@@ -690,16 +693,16 @@ def rgb(picture) -> np.ndarray:
     if picture.dtype.kind in "bf" and 0 <= picture.min() <= picture.max() <= 1:
         picture = np.rint(picture * 255.0).astype(np.uint8)
     if picture.dtype != np.uint8 or picture.shape[2:] not in ((1,), (3,)):
-        raise Mistake("the game shows no picture: neither what it observes nor what it renders is "
-                      "(height, width, 3) in uint8, bool or floats of 0 to 1.")
+        raise Mistake("the game shows no picture: it observes none in uint8, and what it renders is "
+                      "not (height, width, 3) in uint8, bool or floats of 0 to 1.")
     return np.broadcast_to(picture, (*picture.shape[:2], 3)).copy()
 
 
 class GymnasiumGame:
     """Copies of a Gymnasium game; `make()` returns a new environment of it.
 
-    A frame is the observation, or its only entry, that is a picture (32 pixels or more a side:
-    less may be codes), or else what the game renders, reduced to 64 x 64 by area. A time limit is
+    A frame is the observation, or its only entry, that is a picture (uint8, 32 pixels or more a
+    side: less may be codes), or else what the game renders, reduced to 64 x 64 by area. A time limit is
     no terminal, even where a game sets both flags; an episode without one ends as Atari's do.
     """
 
@@ -941,9 +944,9 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     check(s := Settings(**(PRESETS[flags["preset"]] | flags)))
     for name, (by, *values) in HAS_NO_EFFECT.items():
         if (now := getattr(s, by)) in values:
-            if flags.get(name):
+            if flags.get(name, plain := getattr(Settings, name)) != plain:
                 raise Mistake(f"{flag(name)} means nothing with {as_flag(by, now)}: leave it out.")
-            s = replace(s, **{name: getattr(Settings, name)})  # whatever the preset has
+            s = replace(s, **{name: plain})  # whatever the preset has
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
     return replace(s, game=game_title(s.game), precision=precision), device, why
@@ -989,8 +992,8 @@ def train_command(flags: dict):
     if flags.get("run") == "":
         raise Mistake("--run names no folder: is a variable empty?")
     title = re.sub(r"[^\w.-]+", "-", game_title(flags.get("game", Settings.game)))
-    own = own_preset(flags.get("device", "auto"))
-    if (preset := flags.get("preset", own)) != own:  # must not take the usual run's place
+    preset = flags.get("preset") or own_preset(flags.get("device", "auto"))
+    if preset != own_preset():  # must not take the usual run's place
         title += f"-{preset}"
     folder = Folder(Path(flags.pop("run", f"runs/{title}-s{flags.get('seed', 0)}")))
     with contextlib.closing(folder):
@@ -1043,8 +1046,8 @@ def play_command(flags: dict, kind: str):
 
 
 def open_player(path: Path, flags: dict, command: str, games: int | None, act_on="posterior"):
-    """For a command that takes most from a run: settings, a player of so many games or as many as
-    --eval-episodes says, saved state, and the folder of its results: the run's or, beside an
+    """For a command that takes most from a run: settings, a player of so many games or one for each
+    episode of an evaluation, saved state, and the folder of its results: the run's or, beside an
     exported agent, one of its name."""
     out = Path(flags.pop("out", path.with_suffix("") if path.is_file() else path))
     allowed = ["device", "threads"] + ["eval_episodes"] * (games is None)
@@ -1053,8 +1056,8 @@ def open_player(path: Path, flags: dict, command: str, games: int | None, act_on
     s = Settings(**flags)
     check(s)
     torch.set_num_threads(s.threads or torch.get_num_threads())
-    s, player, state = load_player(path, s.device, games or s.eval_episodes, act_on,
-                                   eval_episodes=s.eval_episodes)
+    changes = {name: flags[name] for name in ("eval_episodes",) if name in flags}
+    s, player, state = load_player(path, s.device, games, act_on, **changes)
     if out != path:
         if (out / "settings.json").exists() and not out.samefile(path):
             raise Mistake(f"{out} holds a run of its own: --out DIR names another place.")

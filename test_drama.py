@@ -2780,19 +2780,23 @@ def test_help_names_every_setting_with_the_value_it_has_here(capsys, monkeypatch
 
 
 @pytest.mark.parametrize("flags, folder", [
-    ("", "runs/Breakout-s0"), ("--preset laptop", "runs/Breakout-s0"),
-    ("--preset debug", "runs/Breakout-debug-s0"), ("--game ALE/Pong-v5 --seed 3", "runs/Pong-s3"),
-    ("--game my_game.py:MyGame", "runs/my_game.py-MyGame-s0"), ("--run here", "here"),
-])  # fmt: skip
+    ("", 2 * ["runs/Breakout-s0"]), ("--preset debug", 2 * ["runs/Breakout-debug-s0"]),
+    ("--preset laptop", ["runs/Breakout-s0", "runs/Breakout-laptop-s0"]),
+    ("--device cpu", ["runs/Breakout-s0", "runs/Breakout-laptop-s0"]),
+    ("--preset paper", ["runs/Breakout-paper-s0", "runs/Breakout-s0"]),
+    ("--preset paper --device cpu", ["runs/Breakout-paper-s0", "runs/Breakout-s0"]),
+    ("--game ALE/Pong-v5 --seed 3", 2 * ["runs/Pong-s3"]), ("--run here", 2 * ["here"]),
+    ("--game my_game.py:MyGame", 2 * ["runs/my_game.py-MyGame-s0"])])
 def test_a_run_gets_a_folder_of_its_own(flags, folder, monkeypatch, capsys):
     class Asked(Folder):
         def manifests(self):
             raise Mistake(f"asked for {self.path.as_posix()}")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(drama, "Folder", Asked)
-    assert drama.main(flags.split()) == 2
-    assert capsys.readouterr().err == f"drama.py: asked for {folder}\n"
+    for gpu in False, True:  # where there is one, `paper` is what it takes by itself
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        assert drama.main(flags.split()) == 2
+        assert capsys.readouterr().err == f"drama.py: asked for {folder[gpu]}\n"
 
 
 def test_list_games(capsys):
@@ -2928,6 +2932,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--backbone gru --d-state 8", "--d-state means nothing with --backbone gru"),
     ("--backbone transformer --head-dim 12", "head_dim 12 does not divide"),
     ("--no-harmony --harmony-lr 1", "--harmony-lr means nothing with --no-harmony"),
+    ("--no-harmony --harmony-lr 0", "--harmony-lr means nothing with --no-harmony"),
     (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"), ("--run=", "--run names no folder"),
     ("--eps 0", "--eps"), ("--eps 1e-30", "--eps must be from 1e-20"), ("--horizon 65537", "1000"),
     ("--dream-from contexts --dreams 17000 --horizon 1000", "--dreams 17000 of --horizon 1000"),
@@ -3153,7 +3158,7 @@ def test_eval_keeps_the_scores_and_then_prints_them(run_folder, fake, capsys):
     assert json.loads(kept.read_text()) == content
     assert drama.main(["--eval", str(run_folder), "--act-on", "prior"]) == 0
     other = json.loads((run_folder / "evaluation-000064-prior.json").read_text())
-    assert len(other["scores"]) == 20 and other["act_on"] == "prior"
+    assert len(other["scores"]) == 1 and other["act_on"] == "prior"  # as many as the run's own has
 
 
 class Rich(FakeGame):
@@ -3302,6 +3307,16 @@ def test_watch_films_an_episode(run_folder, fake, capsys):
     assert struct.unpack(">2I", chunks[1][1])[0] == length
     assert struct.unpack(">2I", chunks[0][1][:8]) == (128, 192)
     assert "in the episode" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("game, in_a_window", [("Breakout", True), ("Dot", False)])
+def test_only_what_a_window_shows_goes_at_the_pace_of_a_console(game, in_a_window, run_folder, fake,
+                                                                tmp_path):  # fmt: skip
+    pauses, (s, player, _) = [], drama.load_player(run_folder)
+    fake.setenv("DISPLAY", ":0")
+    fake.setattr(drama.time, "sleep", pauses.append)
+    drama.watch(dataclasses.replace(s, game=game), player, tmp_path / "film.png")
+    assert bool(pauses) == in_a_window
 
 
 # ---- an agent in one file
@@ -4352,6 +4367,27 @@ def test_a_terminal_that_goes_away_costs_nothing_where_hangups_are_ignored(termi
     process.send_signal(signal.SIGINT)
     os.close(master)
     assert process.wait() == 0 and evaluated(tmp_path / "run")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_row_that_finds_no_room_names_its_file(run_folder, fake, tmp_path, capsys):
+    for name in ("metrics", "episodes"):
+        folder = Path(shutil.copytree(run_folder, tmp_path / name))
+        (rows := folder / f"{name}.csv").unlink()
+        append = Folder.append
+
+        def appending(self, table, row):
+            if table == name and not rows.is_symlink():  # else rewritten before
+                rows.unlink()
+                rows.symlink_to("/dev/full")
+            append(self, table, row)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Folder, "append", appending)
+            capsys.readouterr()
+            assert command(folder, "--steps", "90") == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"drama.py: No space left on device: {rows}. The last good save")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

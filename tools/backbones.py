@@ -11,6 +11,7 @@ times are medians. Memory is the most that was allocated at a time, on top of we
 """
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -237,9 +238,7 @@ def run_command(argv: list[str]):
     print(f"\n{path} and {table.name}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    return drama.command_line(run_command, argv, "tools.backbones")
-
+main = functools.partial(drama.command_line, run_command, name="tools.backbones")
 
 if __name__ == "__main__":
     sys.exit(main())

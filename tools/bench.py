@@ -9,6 +9,7 @@ that torch's profiler sees started, operators and their parts: what small batche
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -124,9 +125,7 @@ def run_command(argv: list[str]):
     report(s, device, *bench(s, device))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return drama.command_line(run_command, argv, "tools.bench")
-
+main = functools.partial(drama.command_line, run_command, name="tools.bench")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -337,9 +337,7 @@ def run_command(argv: list[str]):
     check(s, player, state["step"], out / f"model-check-{state['step']:06d}.png", npz)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return drama.command_line(run_command, argv, "tools.check")
-
+main = functools.partial(drama.command_line, run_command, name="tools.check")
 
 if __name__ == "__main__":
     sys.exit(main())

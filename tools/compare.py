@@ -18,6 +18,7 @@ which so few updates leave them near 1.
 
 import argparse
 import csv
+import functools
 import io
 import math
 import re
@@ -30,7 +31,8 @@ import drama  # first: it sets up torch
 import numpy as np
 import torch
 from agent import Player
-from buffer import SCHEMA, Folder, Mistake, Replay, in_one_sentence, sha256, versions, write_file
+from buffer import SCHEMA, Mistake, Replay, in_one_sentence, load_run, newest_steps, sha256
+from buffer import versions, write_file
 from tools.check import EPISODES, change_shown, judge, play, value_and_return
 
 STEPS = 10_000
@@ -71,10 +73,9 @@ def recorded(path: Path, s: drama.Settings) -> dict[str, np.ndarray]:
         with in_one_sentence(f"{path} is no file of --keep"), np.load(path) as file:
             played, steps = file["game"].item(), {name: file[name] for name in SCHEMA}
     else:
-        manifest, state, files = Folder(path).load()
-        Folder(path).resume(manifest, state, files, replay := Replay(manifest["step"]))
+        manifest, state, files = load_run(path)
         played = settings_text(drama.settings_of(manifest), GAME)
-        steps = replay.steps(max(0, replay.length - STEPS), replay.length)
+        steps = newest_steps(state, files, STEPS)
     if played != settings_text(s, GAME):
         raise Mistake(f"{path} was played with {played}, not {settings_text(s, GAME)}.")
     if 0.7 * len(steps["action"]) < s.learning_starts:
@@ -271,9 +272,7 @@ def run_command(argv: list[str]):
     print_table(compare(variants, name, steps, seconds, seeds, FOLDER / f"compare-{title}.csv"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    return drama.command_line(run_command, argv, "tools.compare")
-
+main = functools.partial(drama.command_line, run_command, name="tools.compare")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,7 @@ random play, a human and the published agent score are dashed lines. Over minute
 """
 
 import csv
+import functools
 import glob
 import html
 import itertools
@@ -186,9 +187,7 @@ def run_command(argv: list[str]):
           + ", in place of the last drawing" * there)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return drama.command_line(run_command, argv, "tools.curves")
-
+main = functools.partial(drama.command_line, run_command, name="tools.curves")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,6 +17,7 @@ is one trained model; rows that are there are not made again.
 """
 
 import argparse
+import functools
 import itertools
 import sys
 import time
@@ -222,9 +223,7 @@ def run_command(argv: list[str]):
     report(updates)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return drama.command_line(run_command, argv, "tools.memory")
-
+main = functools.partial(drama.command_line, run_command, name="tools.memory")
 
 if __name__ == "__main__":
     sys.exit(main())

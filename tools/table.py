@@ -22,6 +22,7 @@ from typing import NamedTuple
 import drama  # first: it sets up torch
 import numpy as np
 from buffer import Mistake, human_normalised, in_todays_words, known_scores
+from tools.curves import columns
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
 AGENTS = list(PUBLISHED["Alien"])[2:]
@@ -47,21 +48,15 @@ class Run(NamedTuple):
     curve: list  # (step, score) of every training episode
 
 
-def rows_of(path: Path) -> list[dict]:
-    """A table's rows; the last may be half written while the run goes on."""
-    rows = csv.DictReader(path.read_text("utf-8").splitlines()) if path.exists() else []
-    return [row for row in rows if None not in row.values()]
-
-
 def read_run(folder: Path) -> Run:
     try:
         s = DEFAULTS | in_todays_words(json.loads((folder / "settings.json").read_bytes()))
-        episodes = rows_of(folder / "episodes.csv")
-        curve = [(int(row["step"]), float(row["score"])) for row in episodes]
+        episodes = columns(folder / "episodes.csv", "step", "score")
+        curve = [(int(step), score) for step, score in episodes.tolist()]
         tests = [json.loads(path.read_bytes()) for path in folder.glob("evaluation-*.json")]
         tests = [test for test in tests if test["act_on"] == "posterior"]
         test = max(tests, key=lambda test: test["step"], default=None) or dict(
-            step=max((int(row["step"]) for row in rows_of(folder / "metrics.csv")), default=0),
+            step=int(columns(folder / "metrics.csv", "step").max(initial=0)),
             scores=[], last_training_scores=[score for _, score in curve[-5:]])
         scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
         scores = {name: np.array(values, float) for name, values in scores.items() if values}
@@ -242,12 +237,12 @@ def write_csv(path: Path, groups: dict):
 def write_json(folder: Path, groups: dict):
     """scores-*.json, game -> one mean a seed; curves.json, all training episodes over frames."""
     folder.mkdir(parents=True, exist_ok=True)
-    curves = []
+    curves, scores = [], defaultdict(lambda: defaultdict(list))  # file -> game -> one mean a seed
     for (name, step, protocols), games in groups.items():
         for protocol in protocols:
             words = re.findall(r"[\w.]+", f"scores {name} {step} {protocol}")
-            scores = {game: seed_means(runs, protocol).tolist() for game, runs in games.items()}
-            (folder / f"{'-'.join(words)}.json").write_text(json.dumps(scores, indent=1), "utf-8")
+            for game, runs in games.items():
+                scores["-".join(words)][game] += seed_means(runs, protocol).tolist()
         for run in sum(games.values(), []):
             task, frames = run.game, run.settings["action_repeat"]
             if task in drama.AtariGame.names():
@@ -255,6 +250,8 @@ def write_json(folder: Path, groups: dict):
             curves.append(dict(task=task, method=f"drama {name}", seed=str(run.seed),
                                xs=[frames * step for step, _ in run.curve],
                                ys=[score for _, score in run.curve]))
+    for file, games in scores.items():
+        (folder / f"{file}.json").write_text(json.dumps(games, indent=1), "utf-8")
     (folder / "curves.json").write_text(json.dumps(curves), "utf-8")
 
 

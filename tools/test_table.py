@@ -201,16 +201,17 @@ def test_json_is_in_the_formats_others_read(tmp_path, capsys):
     make_run(tmp_path / "runs" / "a", [(1000, [9, 11])], game="KungFuMaster")
     make_run(tmp_path / "runs" / "b", [(1000, [7])], game="KungFuMaster", seed=1)
     make_run(tmp_path / "runs" / "c", [(1000, [3])], game="UpNDown", training=(8,))
+    make_run(tmp_path / "runs" / "d", game="UpNDown", seed=1, training=(4,), updated=1000)
     lines(capsys, tmp_path / "runs", "--json", tmp_path / "out")
 
     def read(name):
         return json.loads((tmp_path / "out" / name).read_text())
 
     assert read("scores-laptop-1000-evaluation.json") == {"KungFuMaster": [10, 7], "UpNDown": [3]}
-    assert read("scores-laptop-1000-training.json") == {"KungFuMaster": [2, 2], "UpNDown": [8]}
+    assert read("scores-laptop-1000-training.json") == {"KungFuMaster": [2, 2], "UpNDown": [8, 4]}
     curves = {(curve["task"], curve["seed"]): curve for curve in read("curves.json")}
     assert set(curves) == {("atari_kung_fu_master", "0"), ("atari_kung_fu_master", "1"),
-                           ("atari_up_n_down", "0")}
+                           ("atari_up_n_down", "0"), ("atari_up_n_down", "1")}
     assert curves["atari_kung_fu_master", "1"] == dict(
         task="atari_kung_fu_master", method="drama laptop", seed="1", xs=[400, 800, 1200],
         ys=[1, 2, 3])
@@ -233,7 +234,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, capsys):
                        ("evaluation-001000.json", "[]")]:
         folder = make_run(tmp_path / f"bad-{name}", [(1000, [9])])
         (folder / name).write_text(text)
-        assert f"a file of {folder} is damaged" in lines(capsys, folder, code=2)
+        culprit = folder / name if name == "episodes.csv" else f"a file of {folder}"
+        assert f"{culprit} is damaged" in lines(capsys, folder, code=2)
 
 
 def test_all_results_of_this_repository_make_a_table(capsys):
