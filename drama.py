@@ -693,8 +693,8 @@ def rgb(picture) -> np.ndarray:
     if picture.dtype.kind in "bf" and 0 <= picture.min() <= picture.max() <= 1:
         picture = np.rint(picture * 255.0).astype(np.uint8)
     if picture.dtype != np.uint8 or picture.shape[2:] not in ((1,), (3,)):
-        raise Mistake("the game shows no picture: it observes none in uint8, and what it renders is "
-                      "not (height, width, 3) in uint8, bool or floats of 0 to 1.")
+        raise Mistake("the game shows no picture: it observes none in uint8, and what it renders "
+                      "is not (height, width, 3) in uint8, bool or floats of 0 to 1.")
     return np.broadcast_to(picture, (*picture.shape[:2], 3)).copy()
 
 
@@ -702,8 +702,8 @@ class GymnasiumGame:
     """Copies of a Gymnasium game; `make()` returns a new environment of it.
 
     A frame is the observation, or its only entry, that is a picture (uint8, 32 pixels or more a
-    side: less may be codes), or else what the game renders, reduced to 64 x 64 by area. A time limit is
-    no terminal, even where a game sets both flags; an episode without one ends as Atari's do.
+    side: less may be codes), or else what the game renders, reduced to 64 x 64 by area. A time
+    limit is no terminal, even where a game sets both flags; without one an episode ends as Atari's.
     """
 
     LIMIT = 27_000  # steps of an episode
