@@ -1056,8 +1056,7 @@ def open_player(path: Path, flags: dict, command: str, games: int | None, act_on
     s = Settings(**flags)
     check(s)
     torch.set_num_threads(s.threads or torch.get_num_threads())
-    changes = {name: flags[name] for name in ("eval_episodes",) if name in flags}
-    s, player, state = load_player(path, s.device, games, act_on, **changes)
+    s, player, state = load_player(path, flags.pop("device", "auto"), games, act_on, **flags)
     if out != path:
         if (out / "settings.json").exists() and not out.samefile(path):
             raise Mistake(f"{out} holds a run of its own: --out DIR names another place.")
