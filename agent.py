@@ -590,6 +590,13 @@ class ActorCritic(nn.Module):
         torch._foreach_add_(slow, difference)
 
 
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, share: float):
+    """slow <- slow + share (fast - slow), for weights and running statistics; 1 makes them equal."""
+    pairs = zip(slow.state_dict().values(), fast.state_dict().values())
+    torch._foreach_lerp_(*zip(*(pair for pair in pairs if pair[0].is_floating_point())), share)
+
+
 class Move(NamedTuple):
     """A step of games side by side; arrays of numpy."""
 

@@ -418,16 +418,21 @@ def in_todays_words(settings: dict) -> dict:
     return now
 
 
-def from_format_1(manifest: dict, state: dict):
-    """A save of format 1 in the form of today, in place."""
-    logs, model = state["logs"], state["learning"]["model"]
-    state["scores"] = [float(row.split(",")[1]) for row in logs["episodes"].splitlines()[1:]]
-    state["cpu_seconds"] = state["seconds"] * manifest["threads"]  # at most
-    logs["metrics"] = logs["metrics"].replace("balance_", "harmony_")
-    if "names" in state["sums"]:
-        state["sums"]["names"] = [n.replace("balance_", "harmony_") for n in state["sums"]["names"]]
-    for name in [name for name in model if name.startswith("balance.")]:
-        model[name.replace("balance.", "harmony.")] = model.pop(name)
+def in_todays_form(manifest: dict, state: dict):
+    """A save of an older version as this one would have made it, in place."""
+    learning = state["learning"]
+    if manifest["format"] == 1:
+        logs, model = state["logs"], learning["model"]
+        state["scores"] = [float(row.split(",")[1]) for row in logs["episodes"].splitlines()[1:]]
+        state["cpu_seconds"] = state["seconds"] * manifest["threads"]  # at most
+        logs["metrics"] = logs["metrics"].replace("balance_", "harmony_")
+        if "names" in state["sums"]:
+            state["sums"]["names"] = [name.replace("balance_", "harmony_")
+                                      for name in state["sums"]["names"]]
+        for name in [name for name in model if name.startswith("balance.")]:
+            model[name.replace("balance.", "harmony.")] = model.pop(name)
+    for name in ("model", "agent"):  # what learns once played, too
+        learning.setdefault(f"playing_{name}", learning[name])
 
 
 @functools.cache
@@ -544,9 +549,9 @@ class Folder:
                 "from there." if self.manifests() else "Nothing is saved yet.")
 
     def check_room(self, steps: int, weights: int, new: bool):
-        """Refuse to begin what the disk may not hold to the end: `steps` more, and three numbers a
-        weight - two are the optimiser's - and the newest steps with each save."""
-        save = 12 * weights + Replay.bytes_needed(CHUNK)
+        """Refuse to begin what the disk may not hold to the end: `steps` more, and four numbers a
+        weight - two are the optimiser's, one an average - and the newest steps with each save."""
+        save = 16 * weights + Replay.bytes_needed(CHUNK)
         need = BYTES_A_STEP * steps + save * (3 if new else 1)
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
         if steps and need > (free := shutil.disk_usage(there).free):
@@ -632,8 +637,7 @@ class Folder:
                       f"{manifest['step']}", file=sys.stderr)
             data = io.BytesIO(files.pop(f"state-{manifest['step']:06d}.pt"))
             state = torch.load(data, "cpu", weights_only=True)
-            if manifest["format"] == 1:
-                from_format_1(manifest, state)
+            in_todays_form(manifest, state)
             return manifest, state, files
         if problems:
             raise Mistake(f"no intact save is left in {self.path}: "
@@ -715,8 +719,8 @@ MOMENTS = 512  # steps that an exported agent brings along: 34 seconds of Atari
 
 
 def load_run(path: Path, with_replay: bool = True) -> tuple[dict, dict, dict]:
-    """Manifest, state and replay files of a run, or of an agent that `export` wrote: its networks
-    alone are in `learning`, and all its steps are `newest`."""
+    """Manifest, state and replay files of a run, or of an agent that `export` wrote: the networks
+    that play alone are in `learning`, and all its steps are `newest`."""
     if not path.is_file():
         return Folder(path).load(with_replay)
     with in_one_sentence(f"{path} is damaged, or no agent that --export wrote"):
@@ -729,8 +733,9 @@ def load_run(path: Path, with_replay: bool = True) -> tuple[dict, dict, dict]:
         with np.load(io.BytesIO(agent["moments"].numpy().tobytes()), allow_pickle=False) as steps:
             newest = {name: torch.from_numpy(column) for name, column in steps.items()}
         about = {name: agent[name] for name in ("settings", "versions", "score")}
-        state = {name: agent[name] for name in ("step", "scores", "learning")}
-    return about, state | dict(newest=newest), {}
+        learning = {f"playing_{name}": part for name, part in agent["learning"].items()}
+        state = {name: agent[name] for name in ("step", "scores")}
+    return about, state | dict(learning=learning, newest=newest), {}
 
 
 def newest_steps(state: dict, files: dict[str, bytes], count: int) -> dict:
@@ -762,7 +767,7 @@ def export(source: Path, target: Path) -> str:
     if target.exists():
         load_run(target)  # it may take the place of another agent, and of nothing else
     learning = {name: {key: value.half() if value.is_floating_point() and value.dim() > 1 else value
-                       for key, value in state["learning"][name].items()}
+                       for key, value in state["learning"][f"playing_{name}"].items()}
                 for name in ("model", "agent")}
     newest, score = newest_steps(state, files, MOMENTS), newest_score(source, about)
     np.savez_compressed(moments := io.BytesIO(), **newest)

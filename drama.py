@@ -13,6 +13,7 @@ scan.py, the sequence layers. Steps are those of the agent; in Atari one is four
 import argparse
 import ast
 import contextlib
+import copy
 import difflib
 import functools
 import math
@@ -45,7 +46,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fast_precision
-from agent import keep_freed_memory, make_optimizer, take_step
+from agent import follow, keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, StopSignal, Stopped
 from buffer import command_line, export, human_normalised, in_digits, in_one_sentence
 from buffer import in_todays_words, kept_evaluation, known_scores, load_run, mean_and_error
@@ -56,7 +57,7 @@ from buffer import random_play, reason, versions, write_json, write_png
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # Presets are what departs from `paper`, the defaults below
 OURS = dict(harmony=True, event_weight=2.0, policy_unimix=0.01, entropy=1e-3, dream_from="batch",
-            replay_critic=0.3)
+            replay_critic=0.3, player_decay=0.995)
 PRESETS = {
     "paper": {},
     "best": OURS,
@@ -152,6 +153,8 @@ class Settings:
     slow_decay: float = setting(0.98, "decay of the critic's slow copy, an update (paper)", high=1)
     range_decay: float = setting(0.99, "decay of the return range, an update (paper)", high=1)
     replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch (V3)")
+    player_decay: float = setting(0.0, "decay of the weights that play, an update: averages of those "
+                                  "that learn (ours)", high=0.9999)
     # Optimisers
     optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
     model_lr: float = setting(4e-5, "learning rate of the world model (code)")
@@ -314,7 +317,8 @@ class Run:
             + [dict(params=loss_weights, rate=s.harmony_lr)] * bool(loss_weights), eps)
         self.agent_optimizer = make_optimizer(
             s.optimizer, [dict(params=learning, rate=s.agent_lr)], eps)
-        self.player = None  # plays once the random steps are over
+        self.playing_model, self.playing_agent = copy.deepcopy((self.model, self.agent))
+        self.player = None  # plays with these once the random steps are over
         self.step = self.updates = self.skipped = self.skipped_in_a_row = 0
         self.seconds = self.cpu_seconds = 0.0
         self.scores = []  # of all training episodes
@@ -396,7 +400,7 @@ def train(run: Run, folder: Folder, stop: StopSignal):
             if step < s.learning_starts:
                 action = int(rng.integers(run.game.actions))
             else:  # not under autocast: casting the weights costs more than one frame saves
-                run.player = run.player or make_player(s, run.model, run.agent)
+                run.player = run.player or make_player(s, run.playing_model, run.playing_agent)
                 frame = torch.from_numpy(run.frame).to(run.device)
                 action = int(run.player.act(frame, torch.tensor([first], device=run.device)))
             frame, reward, terminal, done = run.game.step([action])
@@ -420,6 +424,7 @@ def train(run: Run, folder: Folder, stop: StopSignal):
                     batch = run.draw_windows(s.dreams, s.context, rng, s.dreams / s.batch)
                 reseed(s.seed, step, "dream")
                 agent_metrics, good = update_agent(run, batch, z, good)
+                average_weights(run)
                 count_update(run, folder, metrics | agent_metrics, bool(good))
 
             # ---- 4. Log and save
@@ -437,6 +442,13 @@ def train(run: Run, folder: Folder, stop: StopSignal):
                 if stop.asked:
                     tqdm.write(f"saved at step {run.step:,}: the same command goes on from there")
                     raise SystemExit(130)
+
+
+def average_weights(run: Run):
+    """What plays follows what learns: over a tenth of all updates or, from then on, by its decay."""
+    share = max(1 - run.settings.player_decay, 10 / (10 + run.updates))
+    follow(run.playing_model, run.model, share)
+    follow(run.playing_agent, run.agent, share)
 
 
 def count_update(run: Run, folder: Folder, metrics: dict, good: bool):
@@ -491,7 +503,8 @@ def end_episode(run: Run, folder: Folder):
 
 COUNTED = ("step", "episode", "updates", "skipped", "skipped_in_a_row", "seconds", "cpu_seconds",
            "score", "scores", "episode_length", "sums", "counted")
-LEARNING = ("model", "agent", "model_optimizer", "agent_optimizer")
+LEARNING = ("model", "agent", "model_optimizer", "agent_optimizer", "playing_model",
+            "playing_agent")
 PICTURE_STEPS = 16
 
 
@@ -527,7 +540,7 @@ def restore(run: Run, state: dict):
                                      zip(ours.param_groups, saved["param_groups"])]
         ours.load_state_dict(saved)
     if state["player"]:
-        run.player = make_player(run.settings, run.model, run.agent)
+        run.player = make_player(run.settings, run.playing_model, run.playing_agent)
         run.player.load_state_dict(state["player"])
 
     # The game cannot be saved: its seed and the episode's actions lead to the same state
@@ -558,10 +571,10 @@ def load_player(path, device: str = "cpu", games: int | None = 1, act_on: str = 
     manifest, state, _ = load_run(Path(path), with_replay=False)
     device, learnt = pick_device(str(device))[0], state["learning"]
     with in_one_sentence(f"{path} does not fit this version"):
-        s, parts = replace(settings_of(manifest), **changes), learnt["agent"]
+        s, parts = replace(settings_of(manifest), **changes), learnt["playing_agent"]
         actions = [len(part) for name, part in parts.items() if name.startswith("actor")][-1]
         model, agent = build_networks(s, actions, device)
-        model.load_state_dict(learnt["model"])
+        model.load_state_dict(learnt["playing_model"])
         agent.load_state_dict(parts)
     return s, make_player(s, model, agent, games or s.eval_episodes, act_on), state
 
@@ -1029,7 +1042,7 @@ def train_command(flags: dict):
                 train(run, folder, stop)
         except OSError as error:
             raise Stopped(f"{reason(error)}. {folder.kept()}") from None
-        player = make_player(s, run.model, run.agent, s.eval_episodes)
+        player = make_player(s, run.playing_model, run.playing_agent, s.eval_episodes)
         evaluate_and_report(s, player, state_of(run), result)
 
 

@@ -821,6 +821,7 @@ def close(a, b, tolerance=1e-5):
 TINY = ("--preset debug --device cpu --threads 1 --steps 64 --learning-starts 24 --batch 2 "
         "--length 8 --dreams 4 --train-every 4 --log-every 2 --eval-episodes 1 --tau 1").split()
 TIMES = ("steps_per_second", "frames_per_second", "seconds", "cpu_seconds")
+OPTIMIZERS = ("model_optimizer", "agent_optimizer")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests are run by nohup
 
 
@@ -2720,7 +2721,7 @@ CHANGED = dict(
     model_max_grad_norm=50.0, agent_max_grad_norm=60.0)  # fmt: skip
 WHERE_THEY_MEAN_SOMETHING = dict(  # and CHANGED makes them mean nothing
     preset="debug", steps=70, eval_episodes=1, tau=3.5, head_dim=8, harmony_lr=0.004,
-    replay_critic=0.2)  # fmt: skip
+    replay_critic=0.2, player_decay=0.6)  # fmt: skip
 
 
 def as_flags(settings):
@@ -3475,7 +3476,7 @@ def fingerprint(run, folder):
     logs = [[{key: cell for key, cell in row.items() if key not in TIMES}
              for row in csv.DictReader(io.StringIO(text))] for text in folder.tables.values()]
     state = {key: value for key, value in drama.state_of(run).items() if key not in TIMES}
-    for part in drama.LEARNING[2:]:  # rates and the like are the settings'
+    for part in OPTIMIZERS:  # rates and the like are the settings'
         state["learning"][part].pop("param_groups")
     return digest([state, logs, run.replay.steps(0, run.step), run.replay.counters()])
 
@@ -3679,7 +3680,7 @@ def change(thing, run, state, files):
         state[part][name] = state[part][name].replace(",", ",1", 7)  # in the first row's cells
     elif part in ("newest", "counters", "player"):
         state[part][name] = tree_map(changed, state[part][name])
-    elif part in ("model", "agent"):
+    elif part in drama.LEARNING and "optimizer" not in part:
         saved, of_its_kind = state["learning"][part], getattr(getattr(run, part), f"named_{name}")
         saved |= {key: changed(saved[key]) for key, _ in of_its_kind() if key in saved}
     elif part.endswith("optimizer"):
@@ -3690,7 +3691,8 @@ def change(thing, run, state, files):
 
 
 SAVED = [f"run.{name}" for name in (*drama.COUNTED, "frame") if name not in TIMES]
-SAVED += [f"{part}.{name}" for part in ("model", "agent") for name in ("parameters", "buffers")]
+SAVED += [f"{part}{of}.{name}" for part in ("", "playing_") for of in ("model", "agent")
+          for name in ("parameters", "buffers")]
 SAVED += [f"{part}_optimizer.{name}" for part in ("model", "agent") for name in ("step", "m", "v")]
 SAVED += [f"player.{name}" for name in ("state", "d", "history", "age")]
 SAVED += [f"newest.{name}" for name in buffer.SCHEMA]
@@ -3720,7 +3722,7 @@ def test_the_list_of_saved_things_is_complete(reference, tiny):
     parts = ("player", "newest", "counters", "logs")
     held = {f"run.{name}" for name in state if name not in ("learning", *parts, *TIMES)}
     held |= {f"{part}.{name}" for part in parts for name in state[part]}
-    for part in drama.LEARNING[2:]:
+    for part in OPTIMIZERS:
         held |= {f"{part}.{name}" for name in state["learning"][part]["state"][0]}
     assert held | {f"chunk.{name}" for name in files} <= set(SAVED)
     assert set(state["learning"]) == set(drama.LEARNING)
@@ -3973,7 +3975,7 @@ def test_no_damage_is_silent(name, falls_back, reference, tiny, tmp_path, capsys
 def untimed(folder):
     """Like `loaded`, but for what is never the same twice."""
     manifest, state, _ = Folder(folder).load()
-    for part in drama.LEARNING[2:]:
+    for part in OPTIMIZERS:  # rates and the like are the settings'
         state["learning"][part].pop("param_groups")
     return digest([manifest["step"], state | dict(seconds=0, cpu_seconds=0, logs="")])
 
