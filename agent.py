@@ -592,7 +592,7 @@ class ActorCritic(nn.Module):
 
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, share: float):
-    """slow <- slow + share (fast - slow), for weights and running statistics; 1 makes them equal."""
+    """slow <- slow + share (fast - slow), weights and running statistics; 1 makes them equal."""
     pairs = zip(slow.state_dict().values(), fast.state_dict().values())
     torch._foreach_lerp_(*zip(*(pair for pair in pairs if pair[0].is_floating_point())), share)
 

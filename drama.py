@@ -153,8 +153,8 @@ class Settings:
     slow_decay: float = setting(0.98, "decay of the critic's slow copy, an update (paper)", high=1)
     range_decay: float = setting(0.99, "decay of the return range, an update (paper)", high=1)
     replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch (V3)")
-    player_decay: float = setting(0.0, "decay of the weights that play, an update: averages of those "
-                                  "that learn (ours)", high=0.9999)
+    player_decay: float = setting(0.0, "decay of the average of the weights, which plays (ours)",
+                                  high=0.9999)
     # Optimisers
     optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
     model_lr: float = setting(4e-5, "learning rate of the world model (code)")
@@ -445,7 +445,7 @@ def train(run: Run, folder: Folder, stop: StopSignal):
 
 
 def average_weights(run: Run):
-    """What plays follows what learns: over a tenth of all updates or, from then on, by its decay."""
+    """What plays follows what learns: over a tenth of all updates or, if less, by its decay."""
     share = max(1 - run.settings.player_decay, 10 / (10 + run.updates))
     follow(run.playing_model, run.model, share)
     follow(run.playing_agent, run.agent, share)

@@ -1533,6 +1533,28 @@ def test_the_slow_critic_follows_by_its_decay():
     assert not any(p.requires_grad for p in agent.slow_critic.parameters())
 
 
+def test_what_plays_follows_what_learns(fake):
+    """By hand: over a tenth of all updates, 10 / (10 + n), until the decay asks for less. The
+    running statistics follow like the weights."""
+    run = drama.Run(tiny_settings(player_decay=0.9), torch.device("cpu"))
+    slow, fast = run.playing_model, run.model
+    assert run.playing_agent.critic[0].weight is not run.agent.critic[0].weight
+    parts = ["prior_head.bias", "encoder.1.running_var", "encoder.1.num_batches_tracked"]
+    for number, updates, expected in (
+            (4.0, 0, 4.0), (8.0, 10, 6.0), (0.0, 30, 4.5), (14.5, 90, 5.5), (5.5 + 60, 5000, 11.5)):
+        run.updates = updates
+        for part in parts:
+            fast.state_dict()[part].fill_(number)
+        run.agent.critic[-1].bias.data.fill_(number)
+        drama.average_weights(run)
+        for part in parts[:2]:
+            close(slow.state_dict()[part], torch.full_like(slow.state_dict()[part], expected))
+        close(run.playing_agent.critic[-1].bias, torch.full((255,), expected))
+    run.settings = tiny_settings(player_decay=0.0)
+    drama.average_weights(run)
+    assert digest(run.playing_model.prior_head.bias) == digest(run.model.prior_head.bias)
+
+
 def test_an_actor_learns_in_dreams_what_pays():
     agent = tiny_agent()
     optimizer = torch.optim.Adam([p for p in agent.parameters() if p.requires_grad], 1e-2)
@@ -3220,6 +3242,20 @@ def test_an_evaluation_takes_0_threads_for_torchs_own_number(run_folder):
     assert drama.main(["--eval", str(run_folder), "--eval-episodes", "1", "--threads", "0"]) == 0
 
 
+def test_averages_play_and_the_newest_weights_learn(runs, tmp_path, fake):
+    fake.setattr(drama, "evaluate", lambda s, player: played.append(player) or [])
+    played, folder = [], tmp_path / "run"
+    command(folder, "--player-decay", "0.9")
+    run, (evaluated,) = runs[-1], played
+    averages = [run.playing_model.state_dict(), run.playing_agent.state_dict()]
+    for player in (run.player, evaluated, drama.load_player(folder)[1]):
+        assert digest([player.model.state_dict(), player.agent.state_dict()]) == digest(averages)
+    learnt = {id(p) for group in run.model_optimizer.param_groups for p in group["params"]}
+    assert {id(p) for p in run.model.parameters()} == learnt
+    for net, average in zip((run.model, run.agent), averages):
+        assert digest(net.state_dict()) != digest(average)
+
+
 def test_load_player_acts_without_the_loop(run_folder):
     s, player, _ = drama.load_player(run_folder, games=2)
     action = player.act(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.tensor([True, True]))
@@ -4179,8 +4215,10 @@ def test_a_save_of_format_1_loads_for_ever(tiny, tmp_path):
         assert getattr(run, name) == old[name]
     for part in ("model", "agent"):
         now = getattr(run, part).state_dict()
+        plays = getattr(run, f"playing_{part}").state_dict()  # what learnt played, then
         for name, tensor in old["learning"][part].items():
-            assert torch.equal(now[name.replace("balance.", "harmony.")], tensor)
+            name = name.replace("balance.", "harmony.")
+            assert torch.equal(now[name], tensor) and torch.equal(plays[name], tensor)
         optimizer = f"{part}_optimizer"
         now = getattr(run, optimizer).state_dict()["state"]
         for index, moments in old["learning"][optimizer]["state"].items():

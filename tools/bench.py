@@ -29,7 +29,7 @@ if os.name == "posix":
 REPEATS = 7
 PRODUCT = 4096  # side of the matrices of the large product
 NO_PART = (  # in how long it takes
-    "save_minutes", "log_every", "eval_episodes", "warmup_updates", "cooldown")
+    "save_minutes", "log_every", "eval_episodes", "warmup_updates", "cooldown", "player_decay")
 
 
 def wait(device: torch.device):
@@ -78,13 +78,15 @@ def bench(s: drama.Settings, device: torch.device) -> tuple[dict, int]:
     matrix = torch.randn(PRODUCT, PRODUCT, device=device, dtype=getattr(torch, s.precision))
     note("large product", torch.mm, matrix, matrix)
     note("emulator", step)
-    player = drama.make_player(s, run.model, run.agent)
+    player = drama.make_player(s, run.playing_model, run.playing_agent)
     frame, first = torch.from_numpy(run.frame).to(device), torch.tensor([False], device=device)
     note("play", lambda: player.act(frame, first).item())
     batch, dream_after = note("replay sampling", draw)
     z, _, good = note("model update", drama.update_world_model, run, batch)
     note("agent update", drama.update_agent, run, dream_after, z, good)
-    parts = zip(*(table[name] for name in ("replay sampling", "model update", "agent update")))
+    note("averages", drama.average_weights, run)
+    parts = zip(*(table[name] for name in
+                  ("replay sampling", "model update", "agent update", "averages")))
     table["an update"] = [sum(part) for part in parts]
     return table, peak_memory(device)
 

@@ -33,9 +33,9 @@ def test_every_phase_is_timed(flags, capsys, monkeypatch):
     out = capsys.readouterr().out
     rows = {line[:16].strip(): line[16:].split() for line in out.splitlines()[2:-1]}
     assert list(rows) == ["large product", "emulator", "play", "replay sampling", "model update",
-                          "agent update", "an update"]
+                          "agent update", "averages", "an update"]
     count = {name: int(cells[-1].replace(",", "")) for name, cells in rows.items()}
-    parts = ("replay sampling", "model update", "agent update")
+    parts = ("replay sampling", "model update", "agent update", "averages")
     assert count["an update"] == sum(count[part] for part in parts) > 2000
     assert count["model update"] > count["play"] > count["replay sampling"] > 0
     assert "hours" in out and "peak memory" in out
