@@ -153,7 +153,7 @@ class Settings:
     slow_decay: float = setting(0.98, "decay of the critic's slow copy, an update (paper)", high=1)
     range_decay: float = setting(0.99, "decay of the return range, an update (paper)", high=1)
     replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch (V3)")
-    player_decay: float = setting(0.0, "decay of the average of the weights, which plays (ours)",
+    player_decay: float = setting(0.0, "decay of the averaged weights that play, an update (ours)",
                                   high=0.9999)
     # Optimisers
     optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
