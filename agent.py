@@ -310,8 +310,8 @@ class WorldModel(nn.Module):
         weight = torch.where(few[..., None, None], weight, 1.0)
         return F.pad(weight, (0, 0, 0, 0, 1, 0), value=1.0).flatten(0, 1)
 
-    def loss(self, batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Windows (B, L) -> loss, metrics, and the latents just drawn, as indices (B, L, K).
+    def loss(self, batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Windows (B, L) -> loss and metrics.
 
         A batch has the parts of SCHEMA in buffer.py. Losses: paper, equations 6 and 7. The free nat
         is taken step by step: averaged first, it would leave rare surprising frames without a
@@ -353,16 +353,15 @@ class WorldModel(nn.Module):
         metrics["posterior_entropy"] = -(posterior * posterior.log()).sum((-2, -1)).mean().detach()
         metrics |= {f"harmony_{name}": (-scale).exp().detach()
                     for name, scale in self.harmony.items()}
-        return total, metrics, z.unflatten(0, (B, L))
+        return total, metrics
 
     @torch.no_grad()
     def starts_from_batch(self, batch, z: Tensor, count: int) -> tuple[Start, Trajectory]:
-        """`count` starts spread evenly over the batch just trained on, with its latents (B, L, K),
-        and the batch itself as a trajectory.
+        """`count` starts spread evenly over windows (B, L) with latents z (B, L, K), and the windows
+        themselves as a trajectory.
 
-        The latents are scanned again, without dropout; a dream starts at the head of each of
-        `count` pieces, from the state that the piece before left; the head of a window has none
-        before it and starts from zero. No frame is encoded again.
+        A dream starts at the head of each of `count` pieces, from the state that the piece before
+        left; the head of a window has none before it and starts from zero.
         """
         B, L = batch.action.shape
         piece = B * L // count

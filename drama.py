@@ -153,8 +153,8 @@ class Settings:
     slow_decay: float = setting(0.98, "decay of the critic's slow copy, an update (paper)", high=1)
     range_decay: float = setting(0.99, "decay of the return range, an update (paper)", high=1)
     replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch (V3)")
-    player_decay: float = setting(0.0, "decay of the averaged weights that play, an update (ours)",
-                                  high=0.9999)
+    player_decay: float = setting(0.0, "decay of the weights' averages, which play and dream, an "
+                                  "update (ours)", high=0.9999)
     # Optimisers
     optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
     model_lr: float = setting(4e-5, "learning rate of the world model (code)")
@@ -345,32 +345,32 @@ class Run:
 
 
 def update_world_model(run: Run, batch: Batch):
-    """One update from windows (B, L), a step for each share of them -> latents just drawn
-    (B, L, K), mean metrics, whether every step was taken."""
+    """One update from windows (B, L), a step for each share of them -> mean metrics, whether every
+    step was taken."""
     s, model, taken = run.settings, run.model, []
     for share in zip(*(column.chunk(s.model_steps) for column in batch)):
         buffers = [buffer.clone() for buffer in model.buffers()]
         model.train()  # input statistics change here and nowhere else (D6)
         with run.autocast():
-            loss, metrics, z = model.loss(Batch(*share))
+            loss, metrics = model.loss(Batch(*share))
         model.eval()
         norm, good = take_step(model, run.model_optimizer, loss, s.model_max_grad_norm, buffers)
-        taken.append((z, metrics | dict(model_norm=norm), good))
-    z, metrics, good = zip(*taken)
+        taken.append((metrics | dict(model_norm=norm), good))
+    metrics, good = zip(*taken)
     means = {name: sum(each[name] for each in metrics) / len(metrics) for name in metrics[0]}
-    return torch.cat(z), means, torch.stack(good).all()
+    return means, torch.stack(good).all()
 
 
-def update_agent(run: Run, batch: Batch, z: Tensor, good: Tensor):
-    """One update of actor and critic, if the model's was `good`, in dreams from its batch, whose
-    latents are z, or after the contexts of another -> metrics, was it taken."""
-    s, model, agent, trajectory = run.settings, run.model, run.agent, None
+def update_agent(run: Run, batch: Batch, good: Tensor):
+    """One update of actor and critic, if the model's was `good`, in dreams from its batch, or after
+    the contexts of another -> metrics, was it taken. It dreams in the model that plays."""
+    s, model, agent, trajectory = run.settings, run.playing_model, run.agent, None
     buffers = [buffer.clone() for buffer in agent.buffers()]
     with run.autocast():
         if s.dream_from == "contexts":
             start = model.starts_from_contexts(batch)
         else:
-            start, trajectory = model.starts_from_batch(batch, z, s.dreams)
+            start, trajectory = model.starts_from_batch(batch, model.encode(batch.frame), s.dreams)
         dream = model.imagine(start, s.horizon, lambda t, z, d_past: agent.act(z, d_past))
         loss, metrics = agent.loss(dream, trajectory if s.replay_critic else None)
     norm, good = take_step(agent, run.agent_optimizer, loss, s.agent_max_grad_norm, buffers, good)
@@ -416,15 +416,16 @@ def train(run: Run, folder: Folder, stop: StopSignal):
                 set_rates(run)
                 batch = run.draw_windows(s.batch, s.length, reseed(s.seed, step, "windows"))
                 reseed(s.seed, step, "model")
-                z, metrics, good = update_world_model(run, batch)
+                metrics, good = update_world_model(run, batch)
+                average_weights(run, "model")
 
                 # ---- 3. Learn in the dream
                 if s.dream_from == "contexts":
                     rng = reseed(s.seed, step, "contexts")
                     batch = run.draw_windows(s.dreams, s.context, rng, s.dreams / s.batch)
                 reseed(s.seed, step, "dream")
-                agent_metrics, good = update_agent(run, batch, z, good)
-                average_weights(run)
+                agent_metrics, good = update_agent(run, batch, good)
+                average_weights(run, "agent")
                 count_update(run, folder, metrics | agent_metrics, bool(good))
 
             # ---- 4. Log and save
@@ -444,11 +445,10 @@ def train(run: Run, folder: Folder, stop: StopSignal):
                     raise SystemExit(130)
 
 
-def average_weights(run: Run):
+def average_weights(run: Run, name: str):
     """What plays follows what learns: over a tenth of all updates or, if less, by its decay."""
     share = max(1 - run.settings.player_decay, 10 / (10 + run.updates))
-    follow(run.playing_model, run.model, share)
-    follow(run.playing_agent, run.agent, share)
+    follow(getattr(run, f"playing_{name}"), getattr(run, name), share)
 
 
 def count_update(run: Run, folder: Folder, metrics: dict, good: bool):

@@ -82,9 +82,9 @@ def bench(s: drama.Settings, device: torch.device) -> tuple[dict, int]:
     frame, first = torch.from_numpy(run.frame).to(device), torch.tensor([False], device=device)
     note("play", lambda: player.act(frame, first).item())
     batch, dream_after = note("replay sampling", draw)
-    z, _, good = note("model update", drama.update_world_model, run, batch)
-    note("agent update", drama.update_agent, run, dream_after, z, good)
-    note("averages", drama.average_weights, run)
+    _, good = note("model update", drama.update_world_model, run, batch)
+    note("agent update", drama.update_agent, run, dream_after, good)
+    note("averages", lambda: [drama.average_weights(run, name) for name in ("model", "agent")])
     parts = zip(*(table[name] for name in
                   ("replay sampling", "model update", "agent update", "averages")))
     table["an update"] = [sum(part) for part in parts]

@@ -42,7 +42,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "results" / "offline"
 GAME = ("game", "game_args", "action_repeat")
 NO_PART = (*GAME, "preset", "seed", "steps", "device", "threads", "replay_device", "save_minutes",
            "log_every", "eval_episodes", "cooldown", "learning_starts",
-           "train_every", "player_decay")  # in what is learnt here
+           "train_every")  # in what is learnt here
 FLAGS = [f.name for f in fields(drama.Settings) if f.name not in NO_PART]
 
 # ---------------------------------------------------------------- the frozen replay
@@ -106,21 +106,20 @@ def learn_world(run: drama.Run) -> int:
     batch = run.draw_windows(s.batch, s.length, drama.reseed(s.seed, run.updates, "windows"))
     drama.reseed(s.seed, run.updates, "model")
     drama.update_world_model(run, batch)
+    drama.average_weights(run, "model")
     return s.batch * s.length
 
 
 def learn_in_dream(run: drama.Run) -> int:
-    """Learn in the dream as drama.train does -> frames dreamt. Latents, which there come with the
-    model's update, are drawn here: in `laptop` 7 % of the time."""
-    s, z, rng = run.settings, None, drama.reseed(run.settings.seed, run.updates, "contexts")
+    """Learn in the dream as drama.train does -> frames dreamt."""
+    s, rng = run.settings, drama.reseed(run.settings.seed, run.updates, "contexts")
     if s.dream_from == "contexts":
         batch = run.draw_windows(s.dreams, s.context, rng, s.dreams / s.batch)
     else:
         batch = run.draw_windows(s.batch, s.length, rng)
-        with run.autocast():
-            z = run.model.encode(batch.frame)
     drama.reseed(s.seed, run.updates, "dream")
-    drama.update_agent(run, batch, z, torch.tensor(True))
+    drama.update_agent(run, batch, torch.tensor(True))
+    drama.average_weights(run, "agent")
     return s.dreams * s.horizon
 
 
@@ -148,11 +147,11 @@ def take_turns(trials: list[tuple[drama.Run, dict]], part: str, learn, seconds: 
 def figures(run: drama.Run, held_out: Replay) -> dict[str, str]:
     """What the model foresees, and how the agent plays, as cells of a row."""
     s = run.settings
-    _, table = judge(Player(run.model, run.agent, 1, OLDEST), held_out, DREAMT)
+    _, table = judge(Player(run.playing_model, run.playing_agent, 1, OLDEST), held_out, DREAMT)
     found = {f"{name} @{k}": figure for k, row in table.items() for name, figure in row.items()}
     found |= {f"change shown, %, up to {n} pixels": figure
-              for n, figure in change_shown(run.model, held_out, run.device).items()}
-    played = play(s, drama.make_player(s, run.model, run.agent, EPISODES))
+              for n, figure in change_shown(run.playing_model, held_out, run.device).items()}
+    played = play(s, drama.make_player(s, run.playing_model, run.playing_agent, EPISODES))
     score = float(played.replay["reward"].sum()) / EPISODES
     found |= dict(score=score, entropy=played.entropy.mean(), **value_and_return(s, played))
     return {name: f"{figure:.6g}" for name, figure in found.items()}
