@@ -57,7 +57,7 @@ from buffer import random_play, reason, versions, write_json, write_png
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # Presets are what departs from `paper`, the defaults below
 OURS = dict(harmony=True, event_weight=2.0, policy_unimix=0.01, entropy=1e-3, dream_from="batch",
-            replay_critic=0.3, player_decay=0.995)
+            replay_critic=0.3)
 PRESETS = {
     "paper": {},
     "best": OURS,

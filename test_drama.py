@@ -819,7 +819,8 @@ def close(a, b, tolerance=1e-5):
 
 
 TINY = ("--preset debug --device cpu --threads 1 --steps 64 --learning-starts 24 --batch 2 "
-        "--length 8 --dreams 4 --train-every 4 --log-every 2 --eval-episodes 1 --tau 1").split()
+        "--length 8 --dreams 4 --train-every 4 --log-every 2 --eval-episodes 1 --tau 1 "
+        "--player-decay 0.995").split()
 TIMES = ("steps_per_second", "frames_per_second", "seconds", "cpu_seconds")
 OPTIMIZERS = ("model_optimizer", "agent_optimizer")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # even where the tests are run by nohup
