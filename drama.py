@@ -56,8 +56,8 @@ from buffer import random_play, reason, versions, write_json, write_png
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # Presets are what departs from `paper`, the defaults below
-OURS = dict(harmony=True, event_weight=2.0, policy_unimix=0.01, entropy=1e-3, dream_from="batch",
-            replay_critic=0.3)
+OURS = dict(harmony=True, local=True, event_weight=30.0, dream_from="batch", replay_critic=0.3,
+            policy_unimix=0.01, entropy=3e-3, player_decay=0.995)
 PRESETS = {
     "paper": {},
     "best": OURS,
@@ -68,9 +68,9 @@ PRESETS = {
         OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
         length=64, horizon=15, critic_hidden=256, tau=0.625, optimizer="adam",
         train_every=4, model_steps=4, dreams=128, warmup_updates=50, log_every=25,
-        model_lr=4e-4, agent_lr=1e-4, eps=1e-8),
+        model_lr=8e-4, agent_lr=1e-4, eps=1e-8),
     "debug": dict(  # seconds; learns no more than Dot
-        OURS, steps=192, learning_starts=64, train_every=8, batch=4, length=16,
+        OURS, local=False, steps=192, learning_starts=64, train_every=8, batch=4, length=16,
         channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32, head_dim=16,
         head_hidden=16, dreams=16, horizon=4, actor_hidden=16, critic_hidden=16, agent_layers=1,
         tau=2.5, optimizer="adam", model_lr=1e-3, agent_lr=1e-3, eps=1e-8, warmup_updates=4,
