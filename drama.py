@@ -57,7 +57,7 @@ from buffer import random_play, reason, versions, write_json, write_png
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # Presets are what departs from `paper`, the defaults below
 OURS = dict(harmony=True, local=True, event_weight=30.0, dream_from="batch", replay_critic=0.3,
-            policy_unimix=0.01, entropy=3e-3, player_decay=0.995)
+            policy_unimix=0.01, entropy=3e-3, player_decay=0.995, cooldown=0.2)
 PRESETS = {
     "paper": {},
     "best": OURS,
