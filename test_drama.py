@@ -2653,8 +2653,9 @@ def test_D16_the_emulator_comes_back_to_where_it_was(monkeypatch, tmp_path):
 
 
 def test_a_longer_run_goes_on_from_a_finished_one(runs, tmp_path):
-    assert command(tmp_path / "long", "--steps", "80") == 0
-    assert command(tmp_path / "run") == 0
+    constant = "--cooldown", "0"  # rates that fall, fall at another time in a longer run
+    assert command(tmp_path / "long", "--steps", "80", *constant) == 0
+    assert command(tmp_path / "run", *constant) == 0
     assert command(tmp_path / "run", "--steps", "80") == 0
     assert outcome(runs[-1], tmp_path / "run") == outcome(runs[0], tmp_path / "long")
 
