@@ -2877,6 +2877,21 @@ def test_README_commands_are_understood(monkeypatch):
                 (importlib.import_module(tool) if tool else drama).run_command(shlex.split(line))
 
 
+def test_README_results_are_of_the_settings_that_it_names():
+    """`laptop` as it is, with flags, or as it was before, which the README tells in flags, too."""
+    rows = re.findall(r"^\| \[(\w+)\]\((results/\S+)\) \| (.*?) \|", README, re.M)
+    (before,) = re.findall(r'"Before" is `laptop`\s+with `([^`]+)`', README)
+    assert {"as it is", "before"} < {how for _, _, how in rows}
+    for game, folder, how in rows:
+        words = " ".join(re.findall("`(.*)`", how))
+        flags = flags_of(f"{before if 'before' in how else ''} {words}".split())
+        held = json.loads((HERE / folder / "settings.json").read_text())
+        held = drama.settings_of(dict(settings=held))
+        free = {name: getattr(held, name) for name in ("precision", *drama.MAY_CHANGE)}
+        told = dict(drama.PRESETS["laptop"], preset="laptop", game=game) | flags | free
+        assert held == drama.Settings(**told), folder
+
+
 def test_README_counts_the_lines_of_every_layer():
     table = re.findall(r"^\| `(\w+)` \|.* \| (\d+) \|$", README, re.M)
     lines = {node.name: str(node.end_lineno - node.lineno + 1)
