@@ -95,14 +95,15 @@ class TwoHot(nn.Module):
         below, above = p[..., : self.HALF].flip(-1), p[..., self.HALF + 1 :]
         return ((above - below) * self.bins[self.HALF + 1 :]).sum(-1)
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy of (..., 255) logits to (...) numbers; beyond the last bin counts as it."""
-        target = target.clamp(self.bins[0], self.bins[-1])
+    def loss(self, logits: Tensor, *targets: Tensor) -> Tensor:
+        """Sum of the cross-entropies of (..., 255) logits to each of some (...) numbers; beyond the
+        last bin counts as it."""
+        target = torch.stack(targets, -1).clamp(self.bins[0], self.bins[-1])  # (..., targets)
         below = torch.searchsorted(self.bins, target, right=True).sub(1).clamp(0, 2 * self.HALF - 1)
         low, high = self.bins[below], self.bins[below + 1]
-        share = ((target - low) / (high - low)).unsqueeze(-1)  # of the upper bin
+        share = (target - low) / (high - low)  # of the upper bin
         log_p = logits.float().log_softmax(-1)
-        picked = log_p.gather(-1, torch.stack([below, below + 1], -1))  # (..., 2)
+        picked = log_p.gather(-1, torch.cat([below, below + 1], -1))  # (..., 2 targets)
         return -(picked * torch.cat([1 - share, share], -1)).sum(-1)
 
 
@@ -306,7 +307,7 @@ class WorldModel(nn.Module):
         moved = (grey[:, 1:] - grey[:, :-1]).abs() > 3 * 16
         share = moved.float().mean((-2, -1))
         few = (share > 0) & (share < 0.05) & ~first[:, 1:]
-        weight = 0.5 * torch.where(moved, self.event_weight, 1.0)
+        weight = torch.where(moved, 0.5 * self.event_weight, 0.5)
         weight = torch.where(few[..., None, None], weight, 1.0)
         return F.pad(weight, (0, 0, 0, 0, 1, 0), value=1.0).flatten(0, 1)
 
@@ -483,12 +484,12 @@ class ActorCritic(nn.Module):
 
     def __init__(self, actions: int, *, groups: int, classes: int, d_model: int,
                  actor_hidden: int, critic_hidden: int, layers: int, gamma: float,
-                 lambda_: float, entropy: float, unimix: float, slow_decay: float,
-                 range_decay: float, replay_critic: float):
+                 lambda_: float, entropy: float, unimix: float, range_decay: float,
+                 replay_critic: float):
         super().__init__()
         self.classes, self.replay_critic = classes, replay_critic
         self.gamma, self.lambda_ = gamma, lambda_
-        self.entropy, self.unimix, self.slow_decay = entropy, unimix, slow_decay
+        self.entropy, self.unimix = entropy, unimix
         self.two_hot = TwoHot()
         d_feature = groups * classes + d_model
         self.actor = mlp(d_feature, actor_hidden, layers, actions)
@@ -536,7 +537,7 @@ class ActorCritic(nn.Module):
             value = self.two_hot.mean(torch.cat([logits, self.critic(features[-1:])]))
             returns = returns_from(value)
             slow_returns = returns_from(self.two_hot.mean(self.slow_critic(features)))
-        loss = self.two_hot.loss(logits, returns) + self.two_hot.loss(logits, slow_returns)
+        loss = self.two_hot.loss(logits, returns, slow_returns)
         return loss if truncated is None else loss * ~truncated, value, returns
 
     def loss(self, dream: Dream, trajectory: Trajectory | None = None) -> tuple[Tensor, dict]:
@@ -554,15 +555,17 @@ class ActorCritic(nn.Module):
         advantage = (returns - value[:-1]) / scale
 
         # Without unimix a probability may round to 0, whose logarithm would break the entropy.
-        log_pi = self.policy(features[:-1]).clamp(min=1e-30).log()  # (T, N, A)
+        pi = self.policy(features[:-1]).clamp(min=1e-30)  # (T, N, A)
+        log_pi = pi.log()
         log_taken = log_pi.gather(-1, dream.action.unsqueeze(-1)).squeeze(-1)
-        entropy = -(log_pi.exp() * log_pi).sum(-1)
+        entropy = -(pi * log_pi).sum(-1)
         actor_loss = -advantage * log_taken - self.entropy * entropy
 
-        total = (weight * (actor_loss + critic_loss)).mean()
+        actor_loss, critic_loss = (weight * actor_loss).mean(), (weight * critic_loss).mean()
+        total = actor_loss + critic_loss
         metrics = dict(
-            actor_loss=(weight * actor_loss).mean(),
-            critic_loss=(weight * critic_loss).mean(),
+            actor_loss=actor_loss,
+            critic_loss=critic_loss,
             entropy=entropy.mean(),
             return_range=self.return_range.value.clone(),
             dream_return=returns[0].mean(),
@@ -580,20 +583,13 @@ class ActorCritic(nn.Module):
                             replay_return=real_returns.mean())
         return total, {name: value.detach() for name, value in metrics.items()}
 
-    @torch.no_grad()
-    def update_slow_critic(self, share: Tensor | float = 1.0):
-        """slow <- decay slow + (1 - decay) critic, once an update; `share` 0 leaves it as it is."""
-        slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
-        difference = torch._foreach_sub(fast, slow)
-        torch._foreach_mul_(difference, share * (1 - self.slow_decay))
-        torch._foreach_add_(slow, difference)
-
 
 @torch.no_grad()
-def follow(slow: nn.Module, fast: nn.Module, share: float):
+def follow(slow: nn.Module, fast: nn.Module, share: Tensor | float):
     """slow <- slow + share (fast - slow), weights and running statistics; 1 makes them equal."""
     pairs = zip(slow.state_dict().values(), fast.state_dict().values())
-    torch._foreach_lerp_(*zip(*(pair for pair in pairs if pair[0].is_floating_point())), share)
+    slow, fast = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+    torch._foreach_lerp_(slow, fast, [share] * len(slow))
 
 
 class Move(NamedTuple):

@@ -249,7 +249,7 @@ class Console:
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # there is none if a parent closed it
         if hasattr(self.stream, "reconfigure"):  # nor may a name that it cannot spell
-            self.stream.reconfigure(errors="backslashreplace")
+            self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -314,8 +314,10 @@ class Clock:
         if run.step == self.warm_up + 1:
             self.recent.clear()
         self.recent.append(seconds)
-        longest = max(self.recent) if len(self.recent) > 1 else 0.0  # the lid may have been closed
-        return max(1, len(self.recent) - 1) / max(sum(self.recent) - longest, 1e-9)
+        count, total, longest = len(self.recent), sum(self.recent), max(self.recent)
+        if count > 1 and longest > max(60, total - longest):  # the lid was closed
+            count, total = count - 1, total - longest
+        return count / max(total, 1e-9)
 
 
 def sync(handle: int):
@@ -587,18 +589,18 @@ class Folder:
 
     def save(self, step: int, state: dict, replay: Replay, settings: dict, **about):
         """Replay files, state, manifest, in this order; then drop what the last two do not need."""
-        chunk, before = CHUNK, self.saved_step
+        before = self.saved_step
         if broken := not_finite(state, "run"):
             raise Stopped(f"{', '.join(broken[:3])} is not finite: step {step} is not saved. "
                           f"{self.kept()}")
-        for start in range(0, step - chunk + 1, chunk):
-            name = f"replay-{start // chunk:03d}.npz"
+        for start in range(0, step - CHUNK + 1, CHUNK):
+            name = f"replay-{start // CHUNK:03d}.npz"
             if name not in self.chunks:
                 data = io.BytesIO()
-                np.savez_compressed(data, **replay.steps(start, start + chunk))
+                np.savez_compressed(data, **replay.steps(start, start + CHUNK))
                 write_file(self.path / name, data.getvalue())
                 self.chunks[name] = sha256(data.getvalue())
-        newest = replay.steps(step // chunk * chunk, step)
+        newest = replay.steps(step // CHUNK * CHUNK, step)
         data = io.BytesIO()  # in memory first: on a full disk torch.save complains of positions
         torch.save(dict(state, newest=tree_map(torch.from_numpy, newest), logs=self.tables,
                         counters=tree_map(torch.from_numpy, replay.counters())), data)
@@ -681,7 +683,7 @@ def intact(path: Path, remedy: str):
     """While a file is read: refuse it, by its name, if it is not as it was written."""
     try:
         yield
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, csv.Error):
         raise Mistake(f"{path} is damaged: {remedy}.") from None
 
 
@@ -702,9 +704,11 @@ def kept_evaluation(path: Path) -> tuple[int, list[float]]:
 
 
 def no_run(path: Path) -> Mistake:
+    if path.is_file():
+        return Mistake(f"{path} is a file, and this wants the folder of a run.")
     if not path.is_dir():
         return Mistake(f"there is no {'file' if path.suffix == '.pt' else 'folder'} {path}.")
-    begun = (path / "lock").exists()
+    begun = (path / "lock").exists() and not Folder(path).manifests()
     return Mistake(f"{path} has saved nothing yet." if begun else f"{path} holds no run.")
 
 
@@ -747,9 +751,10 @@ def newest_steps(state: dict, files: dict[str, bytes], count: int) -> dict:
     return replay.steps(max(0, replay.length - count), replay.length)
 
 
-def newest_score(source: Path, about: dict) -> dict | None:
+def newest_score(source: Path, about: dict, state: dict) -> dict | None:
     """Of what `load_run` found, the last evaluation's mean, its error, episodes and step."""
-    for path in Folder(source).numbered("evaluation", ".json")[:1]:
+    tests = Folder(source).numbered("evaluation", ".json")
+    for path in [path for path in tests if step_of(path) <= state["step"]][:1]:
         step, scores = kept_evaluation(path)
         mean, error = mean_and_error(scores)
         return dict(mean=mean, error=error, episodes=len(scores), step=step)
@@ -769,7 +774,7 @@ def export(source: Path, target: Path) -> str:
     learning = {name: {key: value.half() if value.is_floating_point() and value.dim() > 1 else value
                        for key, value in state["learning"][f"playing_{name}"].items()}
                 for name in ("model", "agent")}
-    newest, score = newest_steps(state, files, MOMENTS), newest_score(source, about)
+    newest, score = newest_steps(state, files, MOMENTS), newest_score(source, about, state)
     np.savez_compressed(moments := io.BytesIO(), **newest)
     agent = dict(
         format=FORMAT, settings=about["settings"], versions=about.get("versions"), score=score,

@@ -213,7 +213,7 @@ class AtariGame:
             raise Mistake(f"the ROM of {title} cannot be used ({str(error).splitlines()[0]}): "
                           "ale-py brings its own, unless ALE_ROMS_DIR names another.") from None
         self.env = AtariVectorEnv(
-            self.rom, copies, num_threads=min(copies, os.cpu_count() or 1), img_height=64,
+            self.rom, copies, num_threads=min(copies, torch.get_num_threads()), img_height=64,
             img_width=64, grayscale=False, stack_num=1, frameskip=4, maxpool=True, noop_max=30,
             episodic_life=False, life_loss_info=False, reward_clipping=False,
             use_fire_reset=False, repeat_action_probability=0.0, full_action_space=False,
@@ -295,7 +295,7 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
         actions, groups=s.groups, classes=s.classes, d_model=s.d_model,
         actor_hidden=s.actor_hidden, critic_hidden=s.critic_hidden, layers=s.agent_layers,
         gamma=s.gamma, lambda_=s.lambda_, entropy=s.entropy, unimix=s.policy_unimix,
-        slow_decay=s.slow_decay, range_decay=s.range_decay, replay_critic=s.replay_critic)
+        range_decay=s.range_decay, replay_critic=s.replay_critic)
     return model.to(device).eval(), agent.to(device).eval()
 
 
@@ -374,7 +374,7 @@ def update_agent(run: Run, batch: Batch, good: Tensor):
         dream = model.imagine(start, s.horizon, lambda t, z, d_past: agent.act(z, d_past))
         loss, metrics = agent.loss(dream, trajectory if s.replay_critic else None)
     norm, good = take_step(agent, run.agent_optimizer, loss, s.agent_max_grad_norm, buffers, good)
-    agent.update_slow_critic(good.float())
+    follow(agent.slow_critic, agent.critic, good * (1 - s.slow_decay))
     return metrics | dict(agent_norm=norm), good
 
 
@@ -619,11 +619,6 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
     episodes, last, known = evaluate(s, player), state["scores"][-5:], known_scores().get(s.game)
     scores = [episode["score"] for episode in episodes]
     keep = len(scores) >= max(held, s.eval_episodes)  # not one ended early, nor less than there is
-    if keep:  # before a word is said
-        lists = {f"{name}s": [episode[name] for episode in episodes] for name in ("length", "seed")}
-        write_json(path, dict(
-            game=s.game, preset=s.preset, seed=s.seed, step=state["step"], scores=scores, **lists,
-            act_on=player.act_on, last_training_scores=last, versions=versions()))
     digits = 1 if max(map(abs, scores + last), default=0) >= 100 else 3
     table = {"game": s.game, "steps trained": f"{state['step']:,}",
              "actor sees": f"{player.act_on} latent",
@@ -645,7 +640,14 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         table["random, human"] = f"{known['random']:,g}, {known['human']:,g}"
     if measured := random_play(s.game):  # by this protocol
         table["random play here"] = "{:,g}, standard error {:,g}".format(*measured)
-    print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
+    try:
+        if keep:
+            lists = {f"{name}s": [each[name] for each in episodes] for name in ("length", "seed")}
+            write_json(path, dict(
+                game=s.game, preset=s.preset, seed=s.seed, step=state["step"], scores=scores,
+                **lists, act_on=player.act_on, last_training_scores=last, versions=versions()))
+    finally:  # it may have taken an hour
+        print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
     if not keep:
         print(f"  not kept{f': {path} holds {held} episodes' if held else ''}")
     if len(scores) < s.eval_episodes:
@@ -661,14 +663,18 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     game, film, score, shown = make_game(s, film="window" if display else "file"), [], 0.0, 0.0
     reseeding = functools.partial(reseed, s.seed, purpose="test")
     moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseeding, limit)
-    for move in show_progress(desc="playing", total=limit, iterable=moves):
-        film.append(game.picture())
-        score += float(move.reward[0])
-        if display:
-            time.sleep(max(0, 1 / 15 - (time.monotonic() - shown)))
-            shown = time.monotonic()
+    try:
+        for move in show_progress(desc="playing", total=limit, iterable=moves):
+            film.append(game.picture())
+            score += float(move.reward[0])
+            if display:
+                time.sleep(max(0, 1 / 15 - (time.monotonic() - shown)))
+                shown = time.monotonic()
+    except KeyboardInterrupt:
+        if not film:
+            raise
     write_png(path, film, per_second=15)
-    span = "the episode" if move.over[0] else f"its first {limit} steps"
+    span = "the episode" if move.over[0] else f"its first {len(film)} steps"
     print(f"score {in_digits(score, ',')} in {span}: {path} is an animated PNG for any browser")
 
 
@@ -693,7 +699,9 @@ def make_gymnasium(name: str, arguments: str = "") -> gymnasium.Env:
     with in_one_sentence(f"{name} cannot be made"):
         if file.endswith(".py"):
             sys.path += {str(Path(file).parent)} - {*sys.path}  # for what the file imports
-            game = EnvSpec(title, entry_point=run_once(file)[title])
+            if title not in (names := run_once(file)):
+                raise Mistake(f"{file} has no {title}.")
+            game = EnvSpec(title, entry_point=names[title])
         try:
             return gymnasium.make(game, **{"render_mode": "rgb_array"} | options)
         except Exception:  # it may know no render_mode, and need none
@@ -762,12 +770,14 @@ class GymnasiumGame:
         image = torch.nn.functional.interpolate(image, (64, 64), mode="area")[0]
         return image.round().byte().permute(1, 2, 0).numpy()
 
+    @in_one_sentence("the game broke off")
     def reset(self, seeds) -> np.ndarray:
         seen = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)]
         self.frames = np.stack([self.frame_of(copy, each) for copy, each in enumerate(seen)])
         self.steps, (self.terminal, self.done) = 0, np.zeros((2, len(seen)), bool)
         return self.frames.copy()
 
+    @in_one_sentence("the game broke off")
     def step(self, actions):
         rewards, self.steps = np.zeros(len(self.envs)), self.steps + 1
         for copy in np.flatnonzero(~self.done):  # a copy that is done stands still
@@ -775,6 +785,8 @@ class GymnasiumGame:
                 action = int(actions[copy]) + self.first_action
                 seen, reward, terminated, truncated, _ = self.envs[copy].step(action)
                 rewards[copy] += float(reward)
+                if not abs(rewards[copy]) < 3e38:
+                    raise Mistake(f"the game's reward is {reward}, which cannot be learnt.")
                 if terminated or truncated:
                     break
             self.frames[copy] = self.frame_of(copy, seen)
@@ -1070,6 +1082,8 @@ def open_player(path: Path, flags: dict, command: str, games: int | None, act_on
     check(s)
     torch.set_num_threads(s.threads or torch.get_num_threads())
     s, player, state = load_player(path, flags.pop("device", "auto"), games, act_on, **flags)
+    if out.is_file():
+        raise Mistake(f"{out} is a file: --out DIR names a folder for the result.")
     if out != path:
         if (out / "settings.json").exists() and not out.samefile(path):
             raise Mistake(f"{out} holds a run of its own: --out DIR names another place.")

@@ -53,7 +53,7 @@ import buffer
 import drama
 import scan
 from agent import ActorCritic, Dream, Player, ReturnRange, Start, ToPixels, Trajectory, TwoHot
-from agent import WorldModel, lambda_return, make_optimizer, sample, take_step
+from agent import WorldModel, follow, lambda_return, make_optimizer, sample, take_step
 from buffer import Batch, Folder, Mistake, Replay, gumbel_top_k
 from drama import Dot, GymnasiumGame, make_gymnasium, rgb
 
@@ -773,7 +773,7 @@ def tiny_model(actions=4, **changes):
 def tiny_agent(actions=4, **changes):
     torch.manual_seed(1)
     sizes = dict(groups=4, classes=4, d_model=16, actor_hidden=8, critic_hidden=8, layers=1,
-                 gamma=0.9, lambda_=0.8, entropy=0.01, unimix=0.0, slow_decay=0.98,
+                 gamma=0.9, lambda_=0.8, entropy=0.01, unimix=0.0,
                  range_decay=0.99, replay_critic=0.0)  # fmt: skip
     return ActorCritic(actions, **(sizes | changes)).eval()
 
@@ -1537,7 +1537,7 @@ def test_the_slow_critic_follows_by_its_decay():
     agent = tiny_agent()
     agent.critic[0].weight.data.fill_(1.0)
     agent.slow_critic[0].weight.data.zero_()
-    agent.update_slow_critic()
+    follow(agent.slow_critic, agent.critic, torch.tensor(True) * 0.02)
     close(agent.slow_critic[0].weight, torch.full((8, 32), 0.02))
     assert not any(p.requires_grad for p in agent.slow_critic.parameters())
 
@@ -2291,6 +2291,27 @@ def test_a_limit_of_time_is_no_terminal(flags, terminal):
     assert (terminals.tolist(), done.tolist()) == ([terminal], [True])
 
 
+class Cursed(Dot):
+    def __init__(self, reward):
+        self.reward, self.left = reward, 120
+
+    def step(self, action):
+        self.left -= 1
+        return super().step(action) if self.left else (None, self.reward + 0.0, True, False, {})
+
+
+@pytest.mark.parametrize("reward, says", [
+    (math.nan, "the game's reward is nan"), (-1e39, r"the game's reward is -1e\+39"),
+    ("ten", r"the game broke off: .*\(TypeError in test_drama.py, line \d+\)")])
+def test_a_game_that_breaks_off_is_one_sentence(reward, says):
+    game = GymnasiumGame(lambda: Cursed(reward))
+    with pytest.raises(Mistake, match=says):
+        for episode in range(9):
+            game.reset([episode])
+            while not game.step([0])[-1]:
+                pass
+
+
 def test_a_game_without_an_end_is_truncated():
     game = GymnasiumGame(lambda: Counter(end=None))
     assert game.LIMIT == 108_000 // 4  # Atari's, in steps of four frames
@@ -2413,10 +2434,10 @@ def test_an_identifier_of_gymnasium_is_made_with_its_arguments():
     ("CartPole-v1", "level=1", "unexpected keyword argument 'level'"),
     ("own_game.py", "", "needs the name of its class or function: own_game.py:MyGame"),
     ("nowhere.py:Game", "", "nowhere.py:Game cannot be made: .*No such file"),
-    ("{own}:Missing", "", "cannot be made: 'Missing'"),
+    ("{own}:Missing", "", "own_game.py has no Missing"),
     ("{own}:Broken", "", r"cannot be made: no cartridge \(OSError in own_game.py, line 20\)\.$"),
     ("{own}:NoEnvironment", "", "must inherit from the gymnasium.Env"),
-    ("{own}:Old", "", "cannot be played: not enough values"),
+    ("{own}:Old", "", "the game broke off: not enough values"),
     *[("CartPole-v1", text, "is not name=value") for text in (
         "level", "level=", "level=a b", "level=a/b", "1", ")+(1", "level=print(1)", "a=1;b=2")]])
 def test_what_cannot_be_made_is_refused_in_one_sentence(own, name, arguments, sentence):
@@ -2892,6 +2913,22 @@ def test_README_results_are_of_the_settings_that_it_names():
         assert held == drama.Settings(**told), folder
 
 
+def test_README_results_are_what_the_runs_have():
+    number = r"([\d.]+)"
+    rows = re.findall(rf"^\| \[\w+\]\((results/\S+)\) \| .*? \| {number} \| (.*?) \| {number} \| "
+                      rf".* \| {number}†? \|$", README.replace(",", ""), re.M)
+    assert len(rows) > 8
+    for folder, steps, score, last, hours in rows:
+        *_, row = csv.DictReader(open(HERE / folder / "metrics.csv"))
+        assert float(hours) == pytest.approx(float(row["cpu_seconds"]) / 3600, abs=0.06), folder
+        for path in (HERE / folder).glob(f"evaluation-{int(steps):06d}.json"):
+            test = json.loads(path.read_text())
+            mean, error = buffer.mean_and_error(test["scores"])
+            five, (told, give_or_take) = np.mean(test["last_training_scores"]), score.split(" ± ")
+            assert (float(told), float(last)) == pytest.approx((mean, five), rel=3e-3), folder
+            assert float(give_or_take) == pytest.approx(error, rel=0.03, abs=0.05), folder
+
+
 def test_README_counts_the_lines_of_every_layer():
     table = re.findall(r"^\| `(\w+)` \|.* \| (\d+) \|$", README, re.M)
     lines = {node.name: str(node.end_lineno - node.lineno + 1)
@@ -3308,6 +3345,16 @@ def test_an_evaluation_ended_early_keeps_nothing_and_says_so(run_folder, fake, c
     assert contents(run_folder) == before
 
 
+def test_an_evaluation_that_cannot_be_kept_is_shown(run_folder, fake, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "evaluation.json")
+
+    fake.setattr(drama, "write_json", full)
+    assert drama.main(["--eval", str(run_folder)]) == 1
+    out, err = capsys.readouterr()
+    assert "final score" in out and "No space left on device: evaluation.json" in err
+
+
 # ---- pictures
 
 
@@ -3375,6 +3422,21 @@ def test_watch_films_an_episode(run_folder, fake, capsys):
     assert "in the episode" in capsys.readouterr().out
 
 
+def test_a_film_that_is_interrupted_is_what_there_is_of_it(run_folder, fake, capsys):
+    def interrupted(*args):
+        yield from itertools.islice(play(*args), seen)
+        raise KeyboardInterrupt
+
+    play, film = Player.play, run_folder / "watch-000064.png"
+    fake.setattr(Player, "play", interrupted)
+    seen = 0
+    assert drama.main(["--watch", str(run_folder)]) == 130 and not film.exists()
+    seen = 3
+    assert drama.main(["--watch", str(run_folder)]) == 0
+    assert struct.unpack(">2I", list(png_chunks(film))[1][1])[0] == 3
+    assert "in its first 3 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("game, in_a_window", [("Breakout", True), ("Dot", False)])
 def test_only_what_a_window_shows_goes_at_the_pace_of_a_console(game, in_a_window, run_folder, fake,
                                                                 tmp_path):  # fmt: skip
@@ -3423,6 +3485,7 @@ def test_an_exported_agent_says_where_it_comes_from(run_folder, tmp_path, capsys
         (run_folder / f"evaluation-{step:06d}.json").write_text(
             json.dumps(dict(step=step, scores=scores)))
     (run_folder / "evaluation-000064-prior.json").write_text('{"step": 64, "scores": [0]}')
+    (run_folder / "evaluation-000096.json").write_text('{"step": 96, "scores": [9]}')  # lost since
     assert drama.main(["--export", str(run_folder), str(tmp_path / "new" / "agent.pt")]) == 0
     out = capsys.readouterr().out
     assert "Breakout, 64 steps, score 3.000 ± 1.528 in 3 episodes at step 64, 64 frames" in out
@@ -3451,6 +3514,14 @@ def test_an_exported_agent_plays_like_its_run(kind, result, exported, run_folder
     beside = exported.with_suffix("") / result
     assert [path.name for path in beside.parent.iterdir()] == [result]
     assert beside.read_bytes() == (run_folder / result).read_bytes()
+
+
+def test_a_file_is_no_folder_for_results(exported, fake, tmp_path, capsys):
+    fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
+    (tmp_path / "agent").write_text("mine")
+    refused(capsys, tmp_path, ["--eval", str(exported)], "agent is a file: --out DIR names")
+    bare = exported.rename(tmp_path / "bare")
+    refused(capsys, tmp_path, ["--watch", str(bare)], "bare is a file: --out DIR names")
 
 
 @pytest.mark.parametrize("kind", ["--eval", "--watch"])
@@ -4295,6 +4366,7 @@ def test_the_pace_is_that_of_the_last_steps_whatever_a_clock_does(monkeypatch):
     close(pace_after(0.5, 0.5, 3600.0, 0.5), 2.0)  # the lid was closed for an hour
     close(pace_after(*[0.125] * 200), 8.0)  # nothing is left of the hour
     close(run.seconds, 0.5 + 2 + 3600 + 25)
+    close(pace_after(*[0.01] * 99, 3.0), 100 / 3.99)  # of rare updates, none is forgotten
     assert math.isfinite(pace_after(*[0.0] * 200))  # as some clocks stand still for a step or two
 
 
@@ -4459,6 +4531,12 @@ def test_a_row_that_finds_no_room_names_its_file(run_folder, fake, tmp_path, cap
             assert command(folder, "--steps", "90") == 1
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith(f"drama.py: No space left on device: {rows}. The last good save")
+
+
+def test_a_line_in_a_log_is_there_at_once():
+    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    buffer.Console(log).write("step 9: score \u221e\n")
+    assert log.buffer.getvalue() == b"step 9: score \\u221e\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -28,7 +28,7 @@ from buffer import Mistake
 from scan import BACKBONES, SequenceModel
 from tools.bench import wait
 from tools.compare import write_rows
-from tools.curves import COLOURS, own_picture, text, write_picture
+from tools.curves import COLOURS, OURS, check_place, text, write_picture
 from torch.profiler import ProfilerActivity, profile
 
 LENGTHS, TOKENS, WIDTH = (64, 256, 1024, 2048, 4096, 16384), 16384, 512
@@ -218,16 +218,11 @@ def run_command(argv: list[str]):
     for length in lengths:
         if length < 1 or TOKENS % length:
             raise Mistake(f"--lengths must divide the {TOKENS:,} tokens, and {length} does not.")
-    path, drawn = own_picture(out)
-    table = path.with_suffix(".csv")
-    if path.suffix != ".svg":
+    if not out.endswith(".svg"):
         raise Mistake(f"--out {out} does not end in .svg.")
-    if table.exists() and not drawn:
-        raise Mistake(f"{table} is there and no table of this tool's: --out FILE.svg names "
-                      "another place.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):  # now, not after ten minutes
-        raise Mistake(f"{path.parent} cannot be written to: --out FILE.svg names another place.")
+    path, table = Path(out), Path(out).with_suffix(".csv")
+    check_place(table, "--out FILE.svg", "backbone,length,batch,")
+    check_place(path, "--out FILE.svg", OURS)
     s, device, _ = drama.new_settings(dict(preset="debug") | flags)
     rows = measure(list(dict.fromkeys(names)), sorted(set(lengths)), s, device)
     print(f"{device}, {s.precision}, {torch.get_num_threads()} threads, width {WIDTH}, {TOKENS:,} "

@@ -17,7 +17,6 @@ import argparse
 import functools
 import io
 import math
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,8 @@ import drama  # first: it sets up torch
 import numpy as np
 import torch
 from agent import Dream, Player, WorldModel, dream_picture, kl_divergence, lambda_return
-from buffer import Batch, Mistake, Replay, versions, write_file, write_json, write_png
+from buffer import Batch, Replay, versions, write_file, write_json, write_png
+from tools.curves import check_place
 
 EPISODES, LIMIT = 5, 2000  # and the most steps of each
 DREAMT = (1, 5, 15)  # steps into a dream
@@ -249,7 +249,7 @@ def value_and_return(s: drama.Settings, played: Played) -> dict[str, float]:
         reward, end = (played.replay[name][first:stop, None].float()
                        for name in ("reward", "terminal"))
         value = torch.zeros(len(reward) + 1, 1)
-        value[-1] = float(played.value[stop - 1])  # counts where the episode was cut off
+        value[-1] = float(played.value[stop - 1])  # where cut off: of the last one seen
         returns += lambda_return(reward, end, value, s.gamma, 1.0).flatten().tolist()
     vary = np.std(returns) > 0 and played.value.std() > 0
     agree = float(np.corrcoef(played.value, returns)[0, 1]) if vary else 0.0
@@ -331,8 +331,8 @@ def run_command(argv: list[str]):
     parser.add_settings(drama.own_preset(), ("device", "threads"))
     flags = parser.parse(argv)
     path, npz = Path(flags.pop("run")), flags.pop("npz", None)
-    if npz and (npz.is_dir() or not os.access(npz.parent, os.W_OK)):
-        raise Mistake(f"--npz {npz} cannot be written: name a file in a folder that is there.")
+    if npz:
+        check_place(npz, "--npz FILE")
     s, player, state, out = drama.open_player(path, flags, "tools.check", EPISODES)
     check(s, player, state["step"], out / f"model-check-{state['step']:06d}.png", npz)
 

@@ -34,6 +34,7 @@ from agent import Player
 from buffer import SCHEMA, Mistake, Replay, in_one_sentence, load_run, newest_steps, sha256
 from buffer import versions, write_file
 from tools.check import EPISODES, change_shown, judge, play, value_and_return
+from tools.curves import check_place
 
 STEPS = 10_000
 TURN = 3  # core-seconds
@@ -250,6 +251,8 @@ def run_command(argv: list[str]):
     source, keep = (common.pop(name, None) for name in ("replay", "keep"))
     if keep and not keep.endswith(".npz"):
         raise Mistake(f"--keep {keep}: name a file that ends in .npz.")
+    if keep:
+        check_place(Path(keep), "--keep FILE.npz")
     if seconds < 1 or seeds < 2:
         raise Mistake("--seconds must be 1 or more, --seeds 2 or more: one knows of no noise.")
     s, *_ = drama.new_settings(common)
@@ -262,13 +265,15 @@ def run_command(argv: list[str]):
         parser.add_settings(preset, FLAGS)
         flags = common | dict(preset=preset) | parser.parse(words)
         variants[" ".join([preset, *words])], *_ = drama.new_settings(flags)
+    path = FOLDER / "compare-{}.csv".format(re.sub(r"[^\w.-]+", "-", s.game))
+    if not keep:
+        check_place(path, "", "variant,")
     steps = recorded(Path(source), s) if source else random_play(s, STEPS).steps(0, STEPS)
     if keep:
         np.savez_compressed(packed := io.BytesIO(), game=settings_text(s, GAME), **steps)
         return write_file(Path(keep), packed.getvalue())
-    title = re.sub(r"[^\w.-]+", "-", s.game)
     name = Path(source).resolve().stem if source else "random play"
-    print_table(compare(variants, name, steps, seconds, seeds, FOLDER / f"compare-{title}.csv"))
+    print_table(compare(variants, name, steps, seconds, seeds, path))
 
 
 main = functools.partial(drama.command_line, run_command, name="tools.compare")

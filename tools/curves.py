@@ -143,13 +143,15 @@ def write_picture(path: Path, parts: list[str], width: int, height: int):
     write_file(path, "".join(parts).encode("utf-8", "replace"))
 
 
-def own_picture(name: str) -> tuple[Path, bool]:
-    """Where to draw, and whether a drawing is there, which may go; nobody else's may."""
-    path = Path(name)
-    if (there := path.exists()) and not (path.is_file()
-                                         and path.read_bytes().startswith(OURS.encode())):
-        raise Mistake(f"{path} is there and was not drawn by this: --out FILE names another.")
-    return path, there
+def check_place(path: Path, flag: str, ours: str = ""):
+    """Before the work: may its result be written there? A file may go if it begins like `ours`."""
+    remedy = f": {flag} names another place" if flag else ", and the result goes there"
+    if path.exists() and not (ours and path.is_file()
+                              and path.read_bytes().startswith(ours.encode("latin-1"))):
+        raise Mistake(f"{path} is there and was not written by this{remedy}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise Mistake(f"{path.parent} cannot be written to{remedy}.")
 
 
 def run_command(argv: list[str]):
@@ -160,7 +162,9 @@ def run_command(argv: list[str]):
     parser.add_argument("--over", choices=("steps", "minutes"), default="steps",
                         help="what the x axis counts (steps)")
     asked = parser.parse(argv)
-    (path, there), panels, unfit, clocked = own_picture(asked["out"]), {}, [], []
+    path, panels, unfit, clocked = Path(asked["out"]), {}, [], []
+    check_place(path, "--out FILE", OURS)
+    there = path.exists()
     found = [[name] if Path(name).exists() else sorted(filter(os.path.isdir, glob.glob(name)))
              or [name] for name in asked["runs"]]  # not every shell knows what * means
     for folder in map(Path, itertools.chain(*found)):

@@ -31,6 +31,7 @@ import drama  # before numpy: it sets up torch
 import numpy as np
 from buffer import Mistake, known_scores, write_file
 from tools.compare import write_rows
+from tools.curves import check_place
 from tqdm import tqdm
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "emulator.csv"
@@ -310,6 +311,7 @@ def run_command(argv: list[str]):
         raise Mistake(f"{min(others)} is not one of Atari's games.")
     if not 1 <= asked["jobs"] <= 32:
         raise Mistake(f"--jobs must be from 1 to 32, not {asked['jobs']}.")
+    check_place(path, "", "game,versions,")
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     rows = {row["game"]: row for row in csv.DictReader(lines)}
     found = {title: {} for title in titles if rows.get(title, {}).get("versions") != VERSIONS}

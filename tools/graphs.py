@@ -109,7 +109,7 @@ def check(updates: int = 30):
 
 
 def run_command(argv: list[str]):
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not {"-h", "--help"} & {*argv}:
         raise drama.Mistake("graphs need a CUDA GPU, and there is none.")
     if argv == ["--check"]:
         return check()

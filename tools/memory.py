@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from buffer import Mistake
 from scan import BACKBONES, SequenceModel
 from tools.compare import read_rows, this_commit, write_rows
+from tools.curves import check_place
 from torch import nn
 
 SIDE, CELLS, FRAME, WALLS = 5, 25, 26, 6
@@ -219,6 +220,7 @@ def run_command(argv: list[str]):
         if number < 1:
             raise Mistake(f"--{name} must be 1 or more.")
     _, device, _ = drama.new_settings(dict(preset="debug") | common)
+    check_place(PATH, "", "backbone,seed,")
     compare(backbones, updates, seeds, device)
     report(updates)
 

@@ -184,7 +184,7 @@ class Agent:
     def __init__(self, path: Path, device: str = "auto"):
         self.s, self.player, state = drama.load_player(path, device)
         about, state, files = load_run(path)
-        self.step, self.score = state["step"], newest_score(path, about)
+        self.step, self.score = state["step"], newest_score(path, about, state)
         self.moments = newest_steps(state, files, MOMENTS)
         actions, game, self.no_game = len(self.player.agent.actor[-1].bias), None, ""
         try:
@@ -509,7 +509,6 @@ UNSEEN, PLAYED, DREAMT, TIMES = 60, 15, 45, 2  # steps: left out; in the game; i
 def film(agent: Agent, path: Path):
     """The agent in its game and, framed in red, in a dream that begins where the game is and goes
     on beside it with the same actions."""
-    path.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     here, frames = Session(agent, agent.worlds[0]), []
     for _ in range(UNSEEN):
         here.step(None)
@@ -553,6 +552,7 @@ def run_command(argv: list[str]):
                      "--film opens no page")
         if len(asked["runs"]) > 1:
             raise Mistake("--film takes one RUN.")
+        curves.check_place(asked["film"], "--film FILE", "\x89PNG")
         return film(Agent(asked["runs"][0], s.device), asked["film"])
     if not 0 <= (port := asked.get("port", 8000)) < 2**16:
         raise Mistake(f"--port must be from 0 to {2**16 - 1}, not {port}.")

@@ -168,7 +168,9 @@ def soak(kills: int) -> int:
 def run_command(argv: list[str]):
     parser = drama.Parser(prog="python -m tools.soak", allow_abbrev=False)
     parser.add_argument("--kills", type=int, default=300, metavar="INT", help="(300)")
-    raise SystemExit(soak(parser.parse(argv)["kills"]))
+    if (kills := parser.parse(argv)["kills"]) < 1:
+        raise drama.Mistake("--kills must be 1 or more.")
+    raise SystemExit(soak(kills))
 
 
 if __name__ == "__main__":

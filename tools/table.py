@@ -22,7 +22,7 @@ from typing import NamedTuple
 import drama  # first: it sets up torch
 import numpy as np
 from buffer import Mistake, human_normalised, in_todays_words, known_scores
-from tools.curves import columns
+from tools.curves import check_place, columns
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
 AGENTS = list(PUBLISHED["Alien"])[2:]
@@ -30,7 +30,7 @@ DRAMA = ["Drama_XS_DFS", "Drama_XS_uniform"]  # stand beside ours, the others in
 PROTOCOLS = {"evaluation": "evaluation", "training": "last five in training"}
 AGGREGATES = ["mean", "median", "IQM", "optimality gap"]
 # Runs that are averaged may differ in which run it is, and where and how it was run
-MAY_DIFFER = {"game", "seed", "steps", "preset", "device", "threads", "replay_device",
+MAY_DIFFER = {"game", "seed", "preset", "device", "threads", "replay_device",
               "save_minutes", "log_every", "eval_episodes", "game_args"}  # args are in Run.game
 DEFAULTS = {name: list(value) if isinstance(value, tuple) else value  # as in JSON
             for name, value in vars(drama.Settings(preset="")).items()}
@@ -61,8 +61,10 @@ def read_run(folder: Path) -> Run:
         scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
         scores = {name: np.array(values, float) for name, values in scores.items() if values}
         game = f"{s['game']} {s['game_args']}".strip()
+        if not s["cooldown"] or s["steps"] == test["step"]:
+            s["steps"] = "as many"  # else its rates were not those of a run that ended there
         return Run(folder, s, game, s["seed"], test["step"], scores, curve)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, csv.Error):
         raise Mistake(f"a file of {folder} is damaged: mend it, or leave the run out.") from None
 
 
@@ -227,7 +229,7 @@ def write_csv(path: Path, groups: dict):
     rows += [(agent, game, "", 100_000, "published", "", score, "", "atari100k.csv")
              for game in sorted({row[1] for row in rows} & PUBLISHED.keys())
              for agent, score in PUBLISHED[game].items()]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(("agent", "game", "seed", "steps", "protocol", "episodes", "score",
                         "standard_error", "source", "human_normalised"))
@@ -268,6 +270,8 @@ def run_command(argv: list[str]):
     parser.add_argument("--json", metavar="FOLDER", type=Path, help="write final scores and curves")
     asked = parser.parse(argv)
     groups, legend = gather(asked["runs"])
+    if asked["csv"]:
+        check_place(asked["csv"], "--csv FILE", "agent,game,seed,")
     try:
         if asked["csv"]:
             write_csv(asked["csv"], groups)

@@ -98,7 +98,7 @@ def test_the_tables_by_hand(capsys):
     (["lstm"], "'lstm' is none of mamba2"), (["--lengths", "0"], "divide the 64 tokens, and 0"),
     (["--lengths", "8,65"], "and 65 does not"), (["--lengths", "24"], "and 24 does not"),
     (["--lengths", "x"], "whole numbers such as"), (["--batch", "3"], "unknown flag"),
-    (["--lengths", "8", "--out", "."], "not drawn by"),
+    (["--lengths", "8", "--out", "."], "not end in .svg"),
     (["--lengths", "8", "--out", "a.csv"], "--out a.csv does not end in .svg")])
 def test_a_wrong_comparison_is_refused(argv, says, tiny, tmp_path, capsys):
     refused(capsys, backbones.main, argv, says)
@@ -109,7 +109,7 @@ def test_a_file_of_others_and_a_folder_that_takes_none_are_refused_before_measur
         tiny, monkeypatch, tmp_path, capsys):
     (tmp_path / "a.csv").write_text("mine")
     monkeypatch.setattr(backbones, "measure", lambda *_: pytest.fail("measured in vain"))
-    refused(capsys, backbones.main, ["--lengths", "8", "--out", "a.svg"], "a.csv is there and no")
+    refused(capsys, backbones.main, ["--lengths", "8", "--out", "a.svg"], "a.csv is there and was")
     assert (tmp_path / "a.csv").read_text() == "mine"
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(capsys, backbones.main, ["--lengths", "8", "--out", "new/b.svg"], "new cannot be writ")

@@ -359,13 +359,7 @@ def test_a_folder_that_takes_no_result_is_refused_before_playing(run_folder, fak
     fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
     fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(capsys, check.main, [run_folder], "cannot be written to.*--out DIR")
-    refused(capsys, check.main, [run_folder, "--npz", "it.npz"], "--npz it.npz cannot be written")
-
-
-@pytest.mark.parametrize("file", ["", "missing/it.npz"])
-def test_arrays_that_find_no_place_are_refused_before_playing(file, run_folder, fake, capsys):
-    fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
-    refused(capsys, check.main, [run_folder, "--npz", run_folder / file], "name a file")
+    refused(capsys, check.main, [run_folder, "--npz", "it.npz"], "cannot be written to: --npz FILE")
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

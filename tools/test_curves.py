@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import os
 import xml.etree.ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
+from agent import Player
 from test_check import refused
-from test_drama import close, contents
+from test_drama import close, contents, fake, finished, run_folder
 
 import drama
-from tools import curves
+from tools import check, compare, curves, page, table
 
 
 def drawable(folder, game="Dot", rows=("100,0,100,", "200,10,100,", "400,20,200,"), **flags):
@@ -108,10 +111,33 @@ def test_what_can_be_drawn_is_drawn_and_the_rest_named(place, capsys):
     before = contents(place)
     refused(capsys, curves.main, ["run-list", "run-young", "--out", "new.svg"],
             "run-list/settings.json is damaged.*run-young has not finished an episode")
-    refused(capsys, curves.main, ["run-file"], "there is no folder run-file")
+    refused(capsys, curves.main, ["run-file"], "run-file is a file, and this wants the folder of")
     refused(capsys, curves.main, ["run-1", "--seed", "3"], "--seed")
     refused(capsys, curves.main, [], "RUN")
     assert contents(place) == before
+
+
+def test_a_table_that_ends_in_zeros_is_named(place, capsys):
+    """As a power cut may leave it."""
+    drawable(place / "a", rows=["100,0,100,", "\0" * 200_000])
+    refused(capsys, curves.main, ["a"], "a/episodes.csv is damaged")
+
+
+@pytest.mark.parametrize("tool, argv, file", [
+    (check, ["run", "--npz"], "state-000064.pt"), (compare, ["Dot", "--keep"], "replay-000.npz"),
+    (page, ["run", "--film"], "settings.json"), (table, ["run", "--csv"], "episodes.csv"),
+    (curves, ["run", "--out"], "metrics.csv")])
+def test_no_tool_writes_over_a_file_that_is_not_its_own(tool, argv, file, run_folder, fake, capsys):
+    fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
+    fake.setattr(compare, "random_play", lambda *_: pytest.fail("played in vain"))
+    fake.chdir(run_folder.parent)
+    Path("run.npz").mkdir()
+    before = contents(run_folder)
+    refused(capsys, tool.main, [*argv, f"run/{file}"], f"{file} is there and was not written by")
+    refused(capsys, tool.main, [*argv, "run.npz"], "run.npz is there and was not written by")
+    fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    refused(capsys, tool.main, [*argv, "new/a.npz"], f"new cannot be written to: {argv[-1]} FILE")
+    assert contents(run_folder) == before
 
 
 @pytest.mark.parametrize("damaged", ["[1]", "{", '{"step": 64}', '{"step": 64, "scores": "ab"}'])
@@ -128,7 +154,7 @@ def test_a_drawing_is_replaced_and_another_file_is_not(place, capsys):
     assert curves.main(["a", "--out", "new/b.svg"]) == 0
     assert "new/b.svg, in place of" in capsys.readouterr().out
     (place / "mine.svg").write_text("<svg/>")
-    refused(capsys, curves.main, ["a", "--out", "mine.svg"], "mine.svg .*not drawn by this.*--out")
+    refused(capsys, curves.main, ["a", "--out", "mine.svg"], "mine.svg .*not written by.*--out")
     assert (place / "mine.svg").read_text() == "<svg/>"
 
 

@@ -53,9 +53,12 @@ def test_a_run_from_graphs_is_the_run_without(flags, runs, fake, restored, tmp_p
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is none")
-def test_without_a_GPU_graphs_are_refused(capsys):
+def test_without_a_GPU_graphs_are_refused(restored, capsys):
     assert drama.command_line(graphs.run_command, [], "tools.graphs") == 2
     assert capsys.readouterr().err == "tools.graphs: graphs need a CUDA GPU, and there is none.\n"
+    with pytest.raises(SystemExit) as end:  # which needs none
+        drama.command_line(graphs.run_command, ["--help"], "tools.graphs")
+    assert end.value.code == 0 and "--model-steps" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -170,7 +170,7 @@ def test_it_learns_a_walk_by_heart(tiny):
 
 def test_a_row_is_made_once_and_the_table_holds_the_means(tiny, capsys):
     asked = ["mamba2", "--updates", "2", "--threads", "1"]
-    memory.PATH.write_text("note\nof another\n")  # which stays
+    memory.PATH.write_text("backbone,seed,note\nlstm,0,of another\n")  # which stays
     assert memory.main([*asked, "--seeds", "1"]) == 0
     note, *once = memory.read_rows(memory.PATH)
     assert note["note"] == "of another"

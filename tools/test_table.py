@@ -143,6 +143,18 @@ def test_runs_of_unequal_steps_or_settings_are_rows_of_their_own(tmp_path, capsy
     assert "laptop, where nothing else is said: batch 4, new absent, sampling dfs." in out
 
 
+def test_a_run_that_has_cooled_down_is_no_seed_of_one_that_has_not(tmp_path, capsys):
+    """--cooldown lets rates fall at the end: at step 1,000 they are 0 in one, and whole in another
+    that goes on to 5,000."""
+    for seed, (steps, cooldown) in enumerate([(1000, 0.2), (1000, 0.2), (5000, 0.2), (5000, 0.2),
+                                              (1000, 0), (5000, 0)]):
+        make_run(tmp_path / str(seed), [(1000, [10 * seed])], seed=seed,
+                 settings=dict(steps=steps, cooldown=cooldown))
+    rows = lines(capsys, tmp_path)[2:5]
+    assert sorted((row[3], row[5].split()[0]) for row in rows) == [
+        ("2", "25.0"), ("2", "45.0"), ("2", "5.0")]
+
+
 def test_settings_that_an_older_version_wrote_in_its_words_are_the_same(tmp_path, capsys):
     then = dict(event_weights=True, graphs=False, floor=0.0)
     now = dict(event_weight=2.0, local=False, policy_unimix=0.0)
