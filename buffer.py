@@ -753,11 +753,11 @@ def newest_steps(state: dict, files: dict[str, bytes], count: int) -> dict:
 
 def newest_score(source: Path, about: dict, state: dict) -> dict | None:
     """Of what `load_run` found, the last evaluation's mean, its error, episodes and step."""
-    tests = Folder(source).numbered("evaluation", ".json")
-    for path in [path for path in tests if step_of(path) <= state["step"]][:1]:
-        step, scores = kept_evaluation(path)
-        mean, error = mean_and_error(scores)
-        return dict(mean=mean, error=error, episodes=len(scores), step=step)
+    for path in Folder(source).numbered("evaluation", ".json"):
+        if step_of(path) <= state["step"]:  # later ones are of a save that was lost
+            step, scores = kept_evaluation(path)
+            mean, error = mean_and_error(scores)
+            return dict(mean=mean, error=error, episodes=len(scores), step=step)
     return about.get("score")  # an exported agent brings it along
 
 

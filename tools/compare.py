@@ -251,8 +251,6 @@ def run_command(argv: list[str]):
     source, keep = (common.pop(name, None) for name in ("replay", "keep"))
     if keep and not keep.endswith(".npz"):
         raise Mistake(f"--keep {keep}: name a file that ends in .npz.")
-    if keep:
-        check_place(Path(keep), "--keep FILE.npz")
     if seconds < 1 or seeds < 2:
         raise Mistake("--seconds must be 1 or more, --seeds 2 or more: one knows of no noise.")
     s, *_ = drama.new_settings(common)
@@ -266,7 +264,9 @@ def run_command(argv: list[str]):
         flags = common | dict(preset=preset) | parser.parse(words)
         variants[" ".join([preset, *words])], *_ = drama.new_settings(flags)
     path = FOLDER / "compare-{}.csv".format(re.sub(r"[^\w.-]+", "-", s.game))
-    if not keep:
+    if keep:
+        check_place(Path(keep), "--keep FILE.npz")
+    else:
         check_place(path, "", "variant,")
     steps = recorded(Path(source), s) if source else random_play(s, STEPS).steps(0, STEPS)
     if keep:

@@ -139,7 +139,6 @@ def draw(panels: dict[str, list], over: str, path: Path):
 def write_picture(path: Path, parts: list[str], width: int, height: int):
     size = f'width="{width}" height="{height}"'
     parts = f'{OURS}{size}><rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, "".join(parts).encode("utf-8", "replace"))
 
 
