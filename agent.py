@@ -516,9 +516,9 @@ class ActorCritic(nn.Module):
         """z_t (N, K), d_{t-1} (N, D) -> v(s_t) (N,)."""
         return self.two_hot.mean(self.critic(self.features(z, d_past)))
 
-    def act(self, z: Tensor, d_past: Tensor) -> Tensor:
-        """z_t (N, K), d_{t-1} (N, D) -> sampled actions (N,); nothing is ever greedy."""
-        return sample(self.policy(self.features(z, d_past)))
+    def act(self, z: Tensor, d_past: Tensor, temperature: float = 1.0) -> Tensor:
+        """z_t (N, K), d_{t-1} (N, D) -> actions (N,), drawn by pi^(1 / temperature)."""
+        return sample(self.policy(self.features(z, d_past)) ** (1 / temperature))
 
     def critic_loss(self, features: Tensor, reward: Tensor, end: Tensor, truncated=None):
         """s_0 .. s_T (T + 1, N, F) and what came of T steps (T, N) -> the critic's loss (T, N), its
@@ -615,10 +615,10 @@ class Player:
     """
 
     def __init__(self, model: WorldModel, agent: ActorCritic, games: int, oldest: int,
-                 act_on: str = "posterior"):
+                 act_on: str = "posterior", temperature: float = 1.0):
         if act_on not in ("posterior", "prior"):
             raise ValueError(f"act_on is posterior or prior, not {act_on!r}")
-        self.model, self.agent, self.act_on = model, agent, act_on
+        self.model, self.agent, self.act_on, self.temperature = model, agent, act_on, temperature
         self.half = max(1, oldest // 2)
         self.state = model.sequence.initial_state(games)
         self.d_past = next(model.parameters()).new_zeros(games, model.sequence.d_model)
@@ -631,7 +631,7 @@ class Player:
         d_past = torch.where(first[:, None], 0.0, d_past)
         if self.act_on == "prior":
             seen = torch.where(first[:, None], z, sample(self.model.prior(d_past)))
-        action = self.agent.act(seen, d_past)
+        action = self.agent.act(seen, d_past, self.temperature)
         return z, action, *self.model.sequence.step(self.model.token(z, action), state, first)
 
     @torch.no_grad()

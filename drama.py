@@ -57,7 +57,7 @@ from buffer import random_play, reason, versions, write_json, write_png
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # Presets are what departs from `paper`, the defaults below
 OURS = dict(harmony=True, local=True, event_weight=30.0, dream_from="batch", replay_critic=0.3,
-            policy_unimix=0.01, entropy=3e-3, player_decay=0.995, cooldown=0.2)
+            policy_unimix=0.01, entropy=3e-3, player_decay=0.995, cooldown=0.2, temperature=0.5)
 PRESETS = {
     "paper": {},
     "best": OURS,
@@ -89,7 +89,8 @@ class Settings:
     """Every hyper-parameter, as a flag. The defaults are the preset `paper`.
 
     Sources: paper (its tables and section numbers); code: the published code where the paper is
-    silent or its scores came from another value; H: HarmonyDream; V3: DreamerV3; ours.
+    silent or its scores came from another value; H: HarmonyDream; V3: DreamerV3;
+    IRIS; ours.
     """
 
     # The run
@@ -108,6 +109,8 @@ class Settings:
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
     eval_episodes: int = setting(20, "episodes of an evaluation, side by side", high=1000)
+    temperature: float = setting(1.0, "of the policy there: at 0.5 its odds are squared (IRIS)",
+                                 low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
@@ -576,16 +579,18 @@ def load_player(path, device: str = "cpu", games: int | None = 1, act_on: str = 
         model, agent = build_networks(s, actions, device)
         model.load_state_dict(learnt["playing_model"])
         agent.load_state_dict(parts)
-    return s, make_player(s, model, agent, games or s.eval_episodes, act_on), state
+    player = make_player(s, model, agent, games or s.eval_episodes, act_on, s.temperature)
+    return s, player, state
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior") -> Player:
+def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior",
+                temperature: float = 1.0) -> Player:
     """A player whose state grows no older than any that was trained (T4)."""
     oldest = s.length if s.dream_from == "batch" else 2 * s.context
-    return Player(model, agent, games, oldest, act_on)
+    return Player(model, agent, games, oldest, act_on, temperature)
 
 
 def evaluate(s: Settings, player: Player) -> list[dict]:
@@ -622,7 +627,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
     digits = 1 if max(map(abs, scores + last), default=0) >= 100 else 3
     table = {"game": s.game, "steps trained": f"{state['step']:,}",
              "actor sees": f"{player.act_on} latent",
-             "episodes": f"{len(scores)} of {s.eval_episodes} begun, sampled actions"}
+             "episodes": f"{len(scores)} of {s.eval_episodes} begun, actions sampled at "
+                         f"temperature {s.temperature:g}"}
     if scores:
         mean, error = mean_and_error(scores)
         table["final score"] = f"{mean:,.{digits}f}, standard error {error:,.{digits}f}"
@@ -645,7 +651,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
             lists = {f"{name}s": [each[name] for each in episodes] for name in ("length", "seed")}
             write_json(path, dict(
                 game=s.game, preset=s.preset, seed=s.seed, step=state["step"], scores=scores,
-                **lists, act_on=player.act_on, last_training_scores=last, versions=versions()))
+                **lists, act_on=player.act_on, temperature=player.temperature,
+                last_training_scores=last, versions=versions()))
     finally:  # it may have taken an hour
         print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
     if not keep:
@@ -1054,7 +1061,8 @@ def train_command(flags: dict):
                 train(run, folder, stop)
         except OSError as error:
             raise Stopped(f"{reason(error)}. {folder.kept()}") from None
-        player = make_player(s, run.playing_model, run.playing_agent, s.eval_episodes)
+        player = make_player(s, run.playing_model, run.playing_agent, s.eval_episodes,
+                             temperature=s.temperature)
         evaluate_and_report(s, player, state_of(run), result)
 
 
@@ -1064,6 +1072,7 @@ def play_command(flags: dict, kind: str):
     games = 1 if kind == "watch" else None
     s, player, state, out = open_player(path, flags, flag(kind), games, act_on)
     name = f"{state['step']:06d}" + "-prior" * (act_on == "prior")
+    name += f"-temperature-{s.temperature:g}" * ("temperature" in flags)  # not as the run has it
     if kind == "watch":
         watch(s, player, out / f"watch-{name}.png")
     else:
@@ -1075,7 +1084,7 @@ def open_player(path: Path, flags: dict, command: str, games: int | None, act_on
     episode of an evaluation, saved state, and the folder of its results: the run's or, beside an
     exported agent, one of its name."""
     out = Path(flags.pop("out", path.with_suffix("") if path.is_file() else path))
-    allowed = ["device", "threads"] + ["eval_episodes"] * (games is None)
+    allowed = ["device", "threads", "temperature"] + ["eval_episodes"] * (games is None)
     refuse({name: value for name, value in flags.items() if name not in allowed},
            f"{command} takes its settings from the run")
     s = Settings(**flags)

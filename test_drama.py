@@ -2454,7 +2454,7 @@ def playing(context, steps, first=(0,), change=None, act_on="posterior"):
     torch.manual_seed(7)
     model, agent, seen = tiny_model(), tiny_agent(), []
     act = agent.act
-    agent.act = lambda z, d: seen.append((z, d)) or act(z, d)
+    agent.act = lambda z, d, temperature: seen.append((z, d)) or act(z, d)
     player = Player(model, agent, 1, context, act_on)
     z, actions = torch.randint(0, 4, (steps, 4)), []
     opens = torch.tensor([False])  # one for all steps, as a caller may keep it
@@ -2523,6 +2523,39 @@ def test_acting_on_the_prior_shows_the_actor_a_guess_but_remembers_the_frame():
     assert torch.equal(seen[0][0], seen_guess[0][0])  # nothing to guess from at the first frame
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(seen[1:], seen_guess[1:]))
     assert torch.equal(guessing.history[-1][0], real.history[-1][0])
+
+
+def test_a_temperature_draws_by_a_power_of_the_policy():
+    agent, N = tiny_agent(), 40_000
+    agent.policy = lambda features: torch.tensor([0.5, 0.3, 0.2]).expand(N, 3)
+    seen = torch.zeros(N, 4, dtype=torch.long), torch.zeros(N, 16)
+    for temperature, odds in ((0.5, [25, 9, 4]), (1, [5, 3, 2]), (2, [0.7071, 0.5477, 0.4472])):
+        torch.manual_seed(0)
+        drawn = torch.bincount(agent.act(*seen, temperature), minlength=3) / N
+        expected = torch.tensor(odds) / sum(odds)
+        assert (drawn - expected).abs().max() < 4 * (0.25 / N) ** 0.5  # four deviations
+
+
+def test_a_run_learns_at_temperature_1_and_is_evaluated_at_its_own(fake, tmp_path, capsys):
+    act, drawn = ActorCritic.act, set()
+
+    def noted(agent, z, d_past, temperature=1.0):
+        drawn.add((len(z) == 3, temperature))
+        return act(agent, z, d_past, temperature)
+
+    fake.setattr(ActorCritic, "act", noted)
+    assert command(tmp_path, "--eval-episodes", "3", "--temperature", "0.25") == 0
+    assert drawn == {(False, 1.0), (True, 0.25)}
+    own = (tmp_path / "evaluation-000064.json").read_text()
+    for temperature in ("1", "0.5"):
+        drawn.clear()
+        assert drama.main(["--eval", str(tmp_path), "--temperature", temperature]) == 0
+        assert f"sampled at temperature {temperature}\n" in capsys.readouterr().out
+        other = tmp_path / f"evaluation-000064-temperature-{temperature}.json"
+        assert json.loads(other.read_text())["temperature"] == float(temperature)
+        assert drawn == {(True, float(temperature))}
+    assert (tmp_path / "evaluation-000064.json").read_text() == own
+    assert json.loads(own)["temperature"] == 0.25 and len(json.loads(own)["scores"]) == 3
 
 
 # ---------------------------------------------------------------- the loop, by its command line
@@ -2762,7 +2795,7 @@ def test_a_run_that_another_process_began_meanwhile_is_left_alone(fake, tmp_path
 CHANGED = dict(
     preset="debug", game="Pong", game_args="size=8", action_repeat=2, seed=3, steps=70,
     device="cpu", threads=1, precision="bfloat16", replay_device="cpu", save_minutes=7.5,
-    log_every=3, eval_episodes=1, learning_starts=33, train_every=5,
+    log_every=3, eval_episodes=1, temperature=0.7, learning_starts=33, train_every=5,
     sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
     kernel=(7, 4), groups=16, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
@@ -2908,7 +2941,8 @@ def test_README_results_are_of_the_settings_that_it_names():
         flags = flags_of(f"{before if 'before' in how else ''} {words}".split())
         held = json.loads((HERE / folder / "settings.json").read_text())
         held = drama.settings_of(dict(settings=held))
-        free = {name: getattr(held, name) for name in ("precision", *drama.MAY_CHANGE)}
+        free = ("precision", "temperature", *drama.MAY_CHANGE)
+        free = {name: getattr(held, name) for name in free}
         told = dict(drama.PRESETS["laptop"], preset="laptop", game=game) | flags | free
         assert held == drama.Settings(**told), folder
 
@@ -3018,7 +3052,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--no-harmony --harmony-lr 1", "--harmony-lr means nothing with --no-harmony"),
     ("--no-harmony --harmony-lr 0", "--harmony-lr means nothing with --no-harmony"),
     (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"), ("--run=", "--run names no folder"),
-    ("--eps 0", "--eps"), ("--eps 1e-30", "--eps must be from 1e-20"), ("--horizon 65537", "1000"),
+    ("--temperature 0", "--temperature must be from 0.1"), ("--eps 0", "--eps"), ("--eps 1e-30", "--eps must be from 1e-20"), ("--horizon 65537", "1000"),
     ("--dream-from contexts --dreams 17000 --horizon 1000", "--dreams 17000 of --horizon 1000"),
     ("--device cuda:0", "--device.*auto, cuda, mps, cpu"), ("--game Combat", "no game"),
     ("--threads 99999999999999", "--threads"), ("--eval-episodes 99999999999", "--eval-episodes"),

@@ -29,7 +29,8 @@ if os.name == "posix":
 REPEATS = 7
 PRODUCT = 4096  # side of the matrices of the large product
 NO_PART = (  # in how long it takes
-    "save_minutes", "log_every", "eval_episodes", "warmup_updates", "cooldown", "player_decay")
+    "save_minutes", "log_every", "eval_episodes", "temperature", "warmup_updates", "cooldown",
+    "player_decay")
 
 
 def wait(device: torch.device):

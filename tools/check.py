@@ -333,6 +333,7 @@ def run_command(argv: list[str]):
     path, npz = Path(flags.pop("run")), flags.pop("npz", None)
     if npz:
         check_place(npz, "--npz FILE")
+    flags["temperature"] = 1.0  # the values are those of the policy as it was trained
     s, player, state, out = drama.open_player(path, flags, "tools.check", EPISODES)
     check(s, player, state["step"], out / f"model-check-{state['step']:06d}.png", npz)
 

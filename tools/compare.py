@@ -42,7 +42,7 @@ DREAMT, OLDEST = (1, 5, 15, 30), 64  # steps into a dream; twice the real frames
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "offline"
 GAME = ("game", "game_args", "action_repeat")
 NO_PART = (*GAME, "preset", "seed", "steps", "device", "threads", "replay_device", "save_minutes",
-           "log_every", "eval_episodes", "cooldown", "learning_starts",
+           "log_every", "eval_episodes", "temperature", "cooldown", "learning_starts",
            "train_every")  # in what is learnt here
 FLAGS = [f.name for f in fields(drama.Settings) if f.name not in NO_PART]
 

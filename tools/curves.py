@@ -21,7 +21,7 @@ from pathlib import Path
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import Mistake, intact, kept_evaluation, known_scores, no_run, write_file
+from buffer import Folder, Mistake, intact, kept_evaluation, known_scores, no_run, write_file
 
 SMOOTH = 5  # training episodes that a point of a line averages, as in the paper's protocol
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -51,7 +51,7 @@ def learning_curve(folder: Path) -> tuple[str, np.ndarray, np.ndarray]:
     points = columns(folder / "episodes.csv", "step", "score")
     if not len(points):
         raise Mistake(f"{folder} has not finished an episode yet.")
-    tests = [kept_evaluation(path) for path in sorted(folder.glob("evaluation-*[0-9].json"))]
+    tests = [kept_evaluation(path) for path in Folder(folder).numbered("evaluation", ".json")]
     tests = np.array([[step, np.mean(scores)] for step, scores in tests]).reshape(-1, 2)
     return game, points, tests
 

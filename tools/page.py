@@ -242,7 +242,7 @@ class Session:
         if self.filmed:
             action = recorded
         elif action is None:
-            action = int(sample(mind.policy))
+            action = int(sample(mind.policy ** (1 / self.agent.s.temperature)))
         self.taken, self.earned = action, None
         if self.dream:
             mind.do(action)

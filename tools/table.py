@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import Mistake, human_normalised, in_todays_words, known_scores
+from buffer import Folder, Mistake, human_normalised, in_todays_words, known_scores
 from tools.curves import check_place, columns
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
@@ -53,9 +53,8 @@ def read_run(folder: Path) -> Run:
         s = DEFAULTS | in_todays_words(json.loads((folder / "settings.json").read_bytes()))
         episodes = columns(folder / "episodes.csv", "step", "score")
         curve = [(int(step), score) for step, score in episodes.tolist()]
-        tests = [json.loads(path.read_bytes()) for path in folder.glob("evaluation-*.json")]
-        tests = [test for test in tests if test["act_on"] == "posterior"]
-        test = max(tests, key=lambda test: test["step"], default=None) or dict(
+        newest = Folder(folder).numbered("evaluation", ".json")[:1]
+        test = json.loads(newest[0].read_bytes()) if newest else dict(
             step=int(columns(folder / "metrics.csv", "step").max(initial=0)),
             scores=[], last_training_scores=[score for _, score in curve[-5:]])
         scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
