@@ -509,7 +509,7 @@ class ActorCritic(nn.Module):
         return torch.cat([one_hot(z, self.classes, dtype).flatten(-2), d_past.to(dtype)], -1)
 
     def policy(self, features: Tensor) -> Tensor:
-        """s_t (..., F) -> pi (..., A): one and the same in play, dream, loss and evaluation."""
+        """s_t (..., F) -> pi (..., A): one and the same in play, dream and loss."""
         return unimix_softmax(self.actor(features), self.unimix)
 
     def value(self, z: Tensor, d_past: Tensor) -> Tensor:
@@ -611,7 +611,7 @@ class Player:
     newer half of them, and ages run from oldest / 2 to oldest (T4). Play changes nothing else (D6).
 
     `act_on="prior"` shows the actor a guess at the frame in place of the frame, as the published
-    code does; it exists to be compared with.
+    code does; it exists to be compared with. `temperature` is that of ActorCritic.act.
     """
 
     def __init__(self, model: WorldModel, agent: ActorCritic, games: int, oldest: int,

@@ -89,8 +89,7 @@ class Settings:
     """Every hyper-parameter, as a flag. The defaults are the preset `paper`.
 
     Sources: paper (its tables and section numbers); code: the published code where the paper is
-    silent or its scores came from another value; H: HarmonyDream; V3: DreamerV3;
-    IRIS; ours.
+    silent or its scores came from another value; H: HarmonyDream; V3: DreamerV3; IRIS; ours.
     """
 
     # The run
@@ -109,8 +108,8 @@ class Settings:
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
     eval_episodes: int = setting(20, "episodes of an evaluation, side by side", high=1000)
-    temperature: float = setting(1.0, "of the policy there: at 0.5 its odds are squared (IRIS)",
-                                 low=0.1, high=10)
+    temperature: float = setting(1.0, "of the policy in evaluations and films: 0.5 squares "
+                                 "its odds (IRIS)", low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
@@ -570,17 +569,18 @@ def settings_of(manifest: dict) -> Settings:
 def load_player(path, device: str = "cpu", games: int | None = 1, act_on: str = "posterior",
                 **changes):
     """Settings, with `changes`, player - of so many games, or one for each episode of an evaluation
-    - and saved state of a run's folder or an exported agent."""
+    - and saved state, with the settings as its `own`, of a run's folder or an exported agent."""
     manifest, state, _ = load_run(Path(path), with_replay=False)
     device, learnt = pick_device(str(device))[0], state["learning"]
     with in_one_sentence(f"{path} does not fit this version"):
-        s, parts = replace(settings_of(manifest), **changes), learnt["playing_agent"]
+        own, parts = settings_of(manifest), learnt["playing_agent"]
+        s = replace(own, **changes)
         actions = [len(part) for name, part in parts.items() if name.startswith("actor")][-1]
         model, agent = build_networks(s, actions, device)
         model.load_state_dict(learnt["playing_model"])
         agent.load_state_dict(parts)
     player = make_player(s, model, agent, games or s.eval_episodes, act_on, s.temperature)
-    return s, player, state
+    return s, player, state | dict(own=own)
 
 
 # ---------------------------------------------------------------- evaluation
@@ -628,7 +628,7 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
     table = {"game": s.game, "steps trained": f"{state['step']:,}",
              "actor sees": f"{player.act_on} latent",
              "episodes": f"{len(scores)} of {s.eval_episodes} begun, actions sampled at "
-                         f"temperature {s.temperature:g}"}
+                         f"temperature {player.temperature:g}"}
     if scores:
         mean, error = mean_and_error(scores)
         table["final score"] = f"{mean:,.{digits}f}, standard error {error:,.{digits}f}"
@@ -993,9 +993,10 @@ def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
         del flags["precision"]
     for name, value in flags.items():
         if name not in MAY_CHANGE and value != getattr(s, name):
+            way = ("leave that out to go on with it, or name another folder with --run"
+                   if name != "temperature" else f"--eval {path} takes that")
             raise Mistake(f"{path} holds a run with {as_flag(name, getattr(s, name))}, not "
-                          f"{as_flag(name, value)}: leave that out to go on with it, or name "
-                          "another folder with --run.")
+                          f"{as_flag(name, value)}: {way}.")
     if flags.get("steps", s.steps) < s.steps:
         raise Mistake(f"{path} holds a run of {s.steps} steps: --steps can only grow.")
     threads = manifest["threads"]  # their number changes the last bits of sums
@@ -1072,7 +1073,7 @@ def play_command(flags: dict, kind: str):
     games = 1 if kind == "watch" else None
     s, player, state, out = open_player(path, flags, flag(kind), games, act_on)
     name = f"{state['step']:06d}" + "-prior" * (act_on == "prior")
-    name += f"-temperature-{s.temperature:g}" * ("temperature" in flags)  # not as the run has it
+    name += f"-temperature-{s.temperature:g}" * (s.temperature != state["own"].temperature)
     if kind == "watch":
         watch(s, player, out / f"watch-{name}.png")
     else:

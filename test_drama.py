@@ -2546,16 +2546,15 @@ def test_a_run_learns_at_temperature_1_and_is_evaluated_at_its_own(fake, tmp_pat
     fake.setattr(ActorCritic, "act", noted)
     assert command(tmp_path, "--eval-episodes", "3", "--temperature", "0.25") == 0
     assert drawn == {(False, 1.0), (True, 0.25)}
-    own = (tmp_path / "evaluation-000064.json").read_text()
-    for temperature in ("1", "0.5"):
+    for temperature, other in (("1", "-temperature-1"), ("0.5", "-temperature-0.5"), ("0.25", "")):
         drawn.clear()
         assert drama.main(["--eval", str(tmp_path), "--temperature", temperature]) == 0
         assert f"sampled at temperature {temperature}\n" in capsys.readouterr().out
-        other = tmp_path / f"evaluation-000064-temperature-{temperature}.json"
-        assert json.loads(other.read_text())["temperature"] == float(temperature)
+        content = json.loads((tmp_path / f"evaluation-000064{other}.json").read_text())
+        assert content["temperature"] == float(temperature) and len(content["scores"]) == 3
         assert drawn == {(True, float(temperature))}
-    assert (tmp_path / "evaluation-000064.json").read_text() == own
-    assert json.loads(own)["temperature"] == 0.25 and len(json.loads(own)["scores"]) == 3
+    refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path), "--temperature", "1"],
+            f"--temperature 0.25, not --temperature 1.0: --eval {tmp_path} takes that")
 
 
 # ---------------------------------------------------------------- the loop, by its command line

@@ -155,7 +155,8 @@ class Mind(Player):
         """Latents z_t (1, K), and whether they open an episode -> policy (A,), value."""
         self.z, self.first = z, torch.tensor([first], device=z.device)
         self.d_past = torch.where(self.first[:, None], 0.0, self.d_past)
-        self.policy = self.agent.policy(self.agent.features(z, self.d_past))[0]
+        power = self.agent.policy(self.agent.features(z, self.d_past))[0] ** (1 / self.temperature)
+        self.policy = power / power.sum()
         self.value = float(self.agent.value(z, self.d_past))
 
     def do(self, action: int):
@@ -210,7 +211,8 @@ class Session:
     def begin(self, at: int):
         """A new episode of the game; or step `at` of the film, knowing what led to it."""
         player = self.agent.player
-        self.dream, self.real = None, Mind(player.model, player.agent, 1, 2 * player.half)
+        self.dream, self.real = None, Mind(player.model, player.agent, 1, 2 * player.half,
+                                           temperature=player.temperature)
         self.taken = self.earned = self.last_score = None
         self.steps, self.score, self.parted = 0, 0.0, False
         before = self.world.start(at, player.half)
@@ -242,7 +244,7 @@ class Session:
         if self.filmed:
             action = recorded
         elif action is None:
-            action = int(sample(mind.policy ** (1 / self.agent.s.temperature)))
+            action = int(sample(mind.policy))
         self.taken, self.earned = action, None
         if self.dream:
             mind.do(action)

@@ -4,9 +4,10 @@
     python -m tools.table runs --csv scores.csv    also as rows for pandas
     python -m tools.table runs --json scores       also in the formats others read, in a folder
 
-A run counts at its newest evaluation; without one, at its last row of metrics.csv. Runs of unequal
-steps or settings are not averaged: they are rows of their own, named by the settings in which they
-differ from most runs of their preset. Published scores: results/atari100k.csv.
+A run counts at its newest evaluation, by its own settings; without one, at its last save or row of
+metrics.csv. Runs of unequal steps or settings are not averaged: they are rows of their own, named
+by the settings in which they differ from most runs of their preset. Published scores:
+results/atari100k.csv.
 """
 
 import csv
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import Folder, Mistake, human_normalised, in_todays_words, known_scores
+from buffer import Folder, Mistake, human_normalised, in_todays_words, known_scores, step_of
 from tools.curves import check_place, columns
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
@@ -55,7 +56,8 @@ def read_run(folder: Path) -> Run:
         curve = [(int(step), score) for step, score in episodes.tolist()]
         newest = Folder(folder).numbered("evaluation", ".json")[:1]
         test = json.loads(newest[0].read_bytes()) if newest else dict(
-            step=int(columns(folder / "metrics.csv", "step").max(initial=0)),
+            step=max([int(columns(folder / "metrics.csv", "step").max(initial=0)),
+                      *map(step_of, Folder(folder).manifests())]),
             scores=[], last_training_scores=[score for _, score in curve[-5:]])
         scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
         scores = {name: np.array(values, float) for name, values in scores.items() if values}
@@ -237,7 +239,6 @@ def write_csv(path: Path, groups: dict):
 
 def write_json(folder: Path, groups: dict):
     """scores-*.json, game -> one mean a seed; curves.json, all training episodes over frames."""
-    folder.mkdir(parents=True, exist_ok=True)
     curves, scores = [], defaultdict(lambda: defaultdict(list))  # file -> game -> one mean a seed
     for (name, step, protocols), games in groups.items():
         for protocol in protocols:
@@ -251,9 +252,12 @@ def write_json(folder: Path, groups: dict):
             curves.append(dict(task=task, method=f"drama {name}", seed=str(run.seed),
                                xs=[frames * step for step, _ in run.curve],
                                ys=[score for _, score in run.curve]))
-    for file, games in scores.items():
-        (folder / f"{file}.json").write_text(json.dumps(games, indent=1), "utf-8")
-    (folder / "curves.json").write_text(json.dumps(curves), "utf-8")
+    files = {f"{file}.json": json.dumps(games, indent=1) for file, games in scores.items()}
+    files["curves.json"] = json.dumps(curves)
+    for name, content in files.items():
+        check_place(folder / name, "--json FOLDER", content[:4])
+    for name, content in files.items():
+        (folder / name).write_text(content, "utf-8")
 
 
 NOTES = """\
@@ -263,7 +267,8 @@ if each game has two. Published agents, after 100,000 steps: one number a game, 
 
 
 def run_command(argv: list[str]):
-    parser = drama.Parser("python -m tools.table", description=__doc__.split("\n")[0])
+    parser = drama.Parser("python -m tools.table", description=__doc__.split("\n")[0],
+                          allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run, or folder of runs")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write rows for pandas")
     parser.add_argument("--json", metavar="FOLDER", type=Path, help="write final scores and curves")

@@ -362,6 +362,13 @@ def test_a_folder_that_takes_no_result_is_refused_before_playing(run_folder, fak
     refused(capsys, check.main, [run_folder, "--npz", "it.npz"], "cannot be written to: --npz FILE")
 
 
+def test_the_policy_is_checked_as_it_was_trained(run_folder, monkeypatch):
+    players = [drama.load_player(run_folder)[1]]
+    monkeypatch.setattr(check, "check", lambda s, player, *rest: players.append(player))
+    check.main([str(run_folder)])
+    assert [player.temperature for player in players] == [0.5, 1]
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     refused(capsys, check.main, [tmp_path], "holds no run")
     refused(capsys, check.main, [tmp_path / "missing"], "there is no folder .*missing")

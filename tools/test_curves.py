@@ -50,7 +50,8 @@ def test_curves_are_drawn_where_the_scores_are(place, capsys):
             drawable(place / "b & <c>", "Breakout", ["50,30,50,100"], model_lr=0.5)]
     with open(place / "b & <c>" / "episodes.csv", "a") as table:
         table.write("60,3")  # half written
-    for name, scores in (("000400", [10, 20]), ("000400-prior", [3, 3])):
+    for name, scores in (("000400", [10, 20]), ("000400-prior", [3, 3]),
+                         ("000400-temperature-0.5", [5, 5])):
         report = json.dumps(dict(step=400, scores=scores))
         (place / "a" / f"evaluation-{name}.json").write_text(report)
     assert curves.main(runs) == 0

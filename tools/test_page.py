@@ -158,6 +158,15 @@ def test_the_agent_acts_by_its_policy(agent):
         assert here.taken == 2 and here.earned == 2
 
 
+def test_the_policy_that_is_shown_is_the_one_that_plays(agent, monkeypatch):
+    mind = page.Session(agent, "game").real
+    monkeypatch.setattr(mind.agent, "policy", lambda features: torch.tensor([[0.6, 0.4, 0, 0]]))
+    with torch.no_grad():
+        mind.see(mind.z, False)
+    assert agent.s.temperature == 0.5  # so odds of 3 to 2 are 9 to 4
+    assert mind.policy.tolist() == pytest.approx([9 / 13, 4 / 13, 0, 0])
+
+
 def test_a_film_is_entered_at_any_step_with_what_led_there(agent):
     columns = agent.moments
     opened = np.flatnonzero(columns["first"])

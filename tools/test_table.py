@@ -42,10 +42,9 @@ def make_run(folder: Path, evaluations=(), game="Breakout", seed=0, settings=(),
     return folder
 
 
-def write_evaluation(folder: Path, step: int, scores, training, act_on="posterior"):
-    name = f"evaluation-{step:06d}{'' if act_on == 'posterior' else '-prior'}.json"
-    (folder / name).write_text(json.dumps(dict(
-        step=step, scores=scores, act_on=act_on, last_training_scores=list(training[-5:]))))
+def write_evaluation(folder: Path, step: int, scores, training, other=""):
+    (folder / f"evaluation-{step:06d}{other}.json").write_text(json.dumps(dict(
+        step=step, scores=scores, last_training_scores=list(training[-5:]))))
 
 
 def lines(capsys, *arguments, code=0):
@@ -94,11 +93,18 @@ def test_games_of_fewer_seeds_weigh_as_much():
 # ---------------------------------------------------------------- tables
 
 
+def test_a_run_without_an_evaluation_counts_at_its_last_save(tmp_path, capsys):
+    (make_run(tmp_path / "run", updated=900) / "save-001000.json").touch()
+    head, _, row, *_ = lines(capsys, tmp_path)
+    assert dict(zip(head, row))["steps"] == "1,000"
+
+
 def test_seeds_are_averaged_and_both_protocols_shown(tmp_path, capsys):
     """By hand: seeds of 10 and 14 are 12 +- 2, and 36 % of the way from 1.7 to 30.5."""
     make_run(tmp_path / "a", [(500, [99, 99]), (1000, [9, 11])], training=(50, 4, 4, 4, 4, 9))
     make_run(tmp_path / "b", [(1000, [13, 15, 14])], seed=1, training=(5, 5, 6))
-    write_evaluation(tmp_path / "a", 1000, [77], (1,), act_on="prior")
+    for other in ("-prior", "-temperature-0.5"):
+        write_evaluation(tmp_path / "a", 1000, [77], (1,), other)
     head, _, row, *rest = lines(capsys, tmp_path)
     shown = dict(zip(head, row))
     assert (shown["game"], shown["settings"], shown["steps"]) == ("Breakout", "laptop", "1,000")
