@@ -27,6 +27,7 @@ actions.
 
 import copy
 import ctypes
+import functools
 import math
 import sys
 import time
@@ -140,7 +141,53 @@ class ToImage(nn.Module):
         return x.mT.reshape(-1, *self.shape).contiguous(memory_format=image_layout(x.device))
 
 
-def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int):
+class BatchNorm(nn.BatchNorm2d):
+    """On a CPU torch 2.13 sums channels-last images in float32, one number after the other: beyond
+    a million a channel, as in `paper`, the variance is 1 % off, and each number of threads has its
+    own. Contiguous images are summed pairwise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu" or x[:, 0].numel() < 2**19:
+            return self.normalise(x)
+        return self.normalise(x.contiguous()).contiguous(memory_format=image_layout(x.device))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class BatchRenorm(BatchNorm):
+    """Batch norm for `glide` batches; after as many more it trains by the running averages, as it
+    plays. Gradients stay those of batch norm.
+
+    By the statistics of one scene what moves in it stands out, and is learnt sooner. But play and
+    dreams know only the averages, by which the scenes that come later look like none it has seen.
+    Source: Ioffe (arXiv 1702.03275), equation 1; its limits do what gliding does here.
+    """
+
+    def __init__(self, channels: int, glide: int):
+        super().__init__(channels)
+        self.glide = glide
+
+    def normalise(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().normalise(x)
+        with torch.no_grad():
+            own = (2 - self.num_batches_tracked / self.glide).clamp(0, 1)  # weight of the batch
+            mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+            F.batch_norm(x, mean, variance, training=True, momentum=1.0)  # writes both
+            self.num_batches_tracked += 1
+            share = self.momentum * (0.1 + 0.9 * own)  # averages over 10 batches, later over 100
+            self.running_mean += share * (mean - self.running_mean)
+            self.running_var += share * (variance - self.running_var)
+            biased = variance * (1 - 1 / x[:, 0].numel())  # what batch norm divides by
+            centre = self.running_mean + own * (mean - self.running_mean)
+            deviation = (self.running_var + own * (biased - self.running_var) + self.eps).sqrt()
+            scale, shift = (biased + self.eps).sqrt() / deviation, (mean - centre) / deviation
+        weight, bias = self.weight * scale, self.bias + self.weight * shift
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
+
+
+def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int, norm):
     """Frames (B, 3, 64, 64) -> features (B, cells, channels[-1] * side * side / cells). Raises
     ValueError for lists that do not fit each other or the frames."""
     if len(channels) != len(strides) or 64 % math.prod(strides):
@@ -153,12 +200,12 @@ def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: 
     blocks = []
     for before, after, stride, kernel in zip([3] + channels, channels, strides, kernels):
         conv = nn.Conv2d(before, after, kernel, stride, padding=(kernel - 1) // 2)
-        blocks += [conv, BatchNorm(after), nn.SiLU()]  # nn.BatchNorm2d, exact on a CPU
+        blocks += [conv, norm(after), nn.SiLU()]
     return nn.Sequential(*blocks, ToCells(cells))
 
 
 def decoder(d_input: int, d_cell: int, channels: list[int], strides: list[int], kernels: list[int],
-            side: int):
+            side: int, norm):
     """The encoder mirrored: (B, cells, d_input) -> d_cell features each -> logits of frames
     (B, 3, 64, 64)."""
     blocks = [nn.Linear(d_input, d_cell), ToImage(channels[-1], side)]
@@ -169,7 +216,7 @@ def decoder(d_input: int, d_cell: int, channels: list[int], strides: list[int], 
         # ToPixels is a ConvTranspose2d, faster where there are so few channels
         kind = ToPixels if after == 3 and kernel == 2 * stride else nn.ConvTranspose2d
         conv = kind(before, after, kernel, stride, padding, output_padding=extra)
-        blocks += [BatchNorm(before), nn.SiLU(), conv]
+        blocks += [norm(before), nn.SiLU(), conv]
     return nn.Sequential(*blocks)
 
 
@@ -222,26 +269,28 @@ class WorldModel(nn.Module):
     `harmony` learns one weight for each of the image, reward and latent losses (HarmonyDream,
     equation 6); `event_weight` looks closer at the few pixels that moved. With `local` each cell of
     the encoder's last image has categoricals of its own: those of all of it overlook a small ball.
+    After `batch_renorm` batches it comes to see a frame in training as it will in play (0: never).
     """
 
     def __init__(self, actions: int, *, channels: list[int], strides: list[int], kernels: list[int],
                  groups: int, classes: int, d_model: int, layers: int, backbone: str,
                  d_state: int, head_dim: int, length: int, dropout: float, head_hidden: int,
                  unimix: float, free_nats: float, representation_scale: float, harmony: bool,
-                 event_weight: float, local: bool, size: int = 64):
+                 event_weight: float, local: bool, batch_renorm: int, size: int = 64):
         super().__init__()
         self.actions, self.groups, self.classes = actions, groups, classes
         self.unimix, self.free_nats = unimix, free_nats
         self.representation_scale, self.event_weight = representation_scale, event_weight
         d_latent, side = groups * classes, size // math.prod(strides)
         self.cells = side**2 if local else 1
-        self.encoder = encoder(channels, strides, kernels, self.cells)
+        norm = functools.partial(BatchRenorm, glide=batch_renorm) if batch_renorm else BatchNorm
+        self.encoder = encoder(channels, strides, kernels, self.cells, norm)
         if groups % self.cells:
             raise ValueError(f"local latents need {self.cells} groups, or a multiple: as many for "
                              "each cell of the encoder's last image")
         d_cell, d_features = d_latent // self.cells, channels[-1] * side**2 // self.cells
         self.posterior_head = nn.Linear(d_features, d_cell)
-        self.decoder = decoder(d_cell, d_features, channels, strides, kernels, side)
+        self.decoder = decoder(d_cell, d_features, channels, strides, kernels, side, norm)
         self.sequence = SequenceModel(d_latent + actions, d_model, layers=layers, dropout=dropout,
                                       backbone=backbone, d_state=d_state, head_dim=head_dim,
                                       length=length)
@@ -358,8 +407,8 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def starts_from_batch(self, batch, z: Tensor, count: int) -> tuple[Start, Trajectory]:
-        """`count` starts spread evenly over windows (B, L) with latents z (B, L, K), and the windows
-        themselves as a trajectory.
+        """`count` starts spread evenly over windows (B, L) with latents z (B, L, K), and the
+        windows themselves as a trajectory.
 
         A dream starts at the head of each of `count` pieces, from the state that the piece before
         left; the head of a window has none before it and starts from zero.
@@ -767,17 +816,6 @@ def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor,
 def image_layout(device: torch.device) -> torch.memory_format:
     """Layout of images: channels last is 1.6 times faster on a CPU; MPS does not have it."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """On a CPU torch 2.13 sums channels-last images in float32, one number after the other: beyond
-    a million a channel, as in `paper`, the variance is 1 % off, and each number of threads has its
-    own. Contiguous images are summed pairwise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu" or x[:, 0].numel() < 2**19:
-            return super().forward(x)
-        return super().forward(x.contiguous()).contiguous(memory_format=image_layout(x.device))
 
 
 class ToPixels(nn.ConvTranspose2d):

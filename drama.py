@@ -66,12 +66,13 @@ PRESETS = {
     # a dozen; dreams are as long as DreamerV3's; the critic is as wide as the actor.
     "laptop": dict(
         OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
-        length=64, horizon=15, critic_hidden=256, tau=0.625, optimizer="adam",
+        length=64, batch_renorm=20_000, horizon=15, critic_hidden=256, tau=0.625, optimizer="adam",
         train_every=4, model_steps=4, dreams=128, warmup_updates=50, log_every=25,
         model_lr=8e-4, agent_lr=1e-4, eps=1e-8),
     "debug": dict(  # seconds; learns no more than Dot
-        OURS, local=False, steps=192, learning_starts=64, train_every=8, batch=4, length=16,
-        channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32, head_dim=16,
+        OURS, local=False, batch_renorm=8, steps=192, learning_starts=64, train_every=8, batch=4,
+        length=16, channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32,
+        head_dim=16,
         head_hidden=16, dreams=16, horizon=4, actor_hidden=16, critic_hidden=16, agent_layers=1,
         tau=2.5, optimizer="adam", model_lr=1e-3, agent_lr=1e-3, eps=1e-8, warmup_updates=4,
         log_every=1, eval_episodes=2, precision="float32"),
@@ -138,6 +139,8 @@ class Settings:
     harmony: bool = setting(False, "learn the weights of the model's losses (H)")
     event_weight: float = setting(1.0, "image weight of what moves, if few pixels do (ours)", low=1)
     local: bool = setting(False, "give every cell of the encoder its own latents (ours)")
+    batch_renorm: int = setting(0, "batches by whose own statistics images are normalised; then by "
+                                "averages, as in play (ours); 0: always", 0)
     # Dreams
     dream_from: str = setting("contexts", "where dreams begin: after windows of their own (paper), "
                               "in the model's batch (ours)", choices=("contexts", "batch"))
@@ -290,7 +293,7 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
             backbone=s.backbone, d_state=s.d_state, head_dim=s.head_dim, length=s.length,
             dropout=s.dropout, head_hidden=s.head_hidden, unimix=s.unimix, free_nats=s.free_nats,
             representation_scale=s.representation_scale, harmony=s.harmony,
-            event_weight=s.event_weight, local=s.local)
+            event_weight=s.event_weight, local=s.local, batch_renorm=s.batch_renorm)
     except ValueError as error:  # sizes that do not fit each other
         raise Mistake(f"{error}.") from None
     agent = ActorCritic(

@@ -52,8 +52,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 import buffer
 import drama
 import scan
-from agent import ActorCritic, Dream, Player, ReturnRange, Start, ToPixels, Trajectory, TwoHot
-from agent import WorldModel, follow, lambda_return, make_optimizer, sample, take_step
+from agent import ActorCritic, BatchNorm, BatchRenorm, Dream, Player, ReturnRange, Start, ToPixels
+from agent import Trajectory, TwoHot, WorldModel, follow, lambda_return, make_optimizer, sample
+from agent import take_step
 from buffer import Batch, Folder, Mistake, Replay, gumbel_top_k
 from drama import Dot, GymnasiumGame, make_gymnasium, rgb
 
@@ -766,7 +767,7 @@ def tiny_model(actions=4, **changes):
     sizes = dict(channels=[4, 4], strides=[4, 4], kernels=[5, 5], groups=4, classes=4, d_model=16,
                  layers=2, backbone="mamba2", d_state=4, head_dim=8, length=8, dropout=0.1,
                  head_hidden=8, unimix=0.01, free_nats=1.0, representation_scale=0.1, harmony=False,
-                 event_weight=1.0, local=False)  # fmt: skip
+                 event_weight=1.0, local=False, batch_renorm=0)  # fmt: skip
     return WorldModel(actions, **(sizes | changes)).eval()
 
 
@@ -1115,15 +1116,62 @@ def test_image_loss_is_summed_over_pixels_and_averaged_over_steps():
 
 def test_statistics_of_a_million_pixels_are_as_exact_as_those_of_a_few():
     """torch 2.13 sums them one after the other: variances are 4e-4 off here, 1e-2 in `paper`."""
-    layers = {type(layer) for layer in tiny_model().modules() if isinstance(layer, nn.BatchNorm2d)}
-    (norm,) = (layer(2, momentum=1.0) for layer in layers)
     x = torch.rand(256, 2, 64, 64).contiguous(memory_format=torch.channels_last)
-    y, exact = norm(x), x.double()
-    mean, variance = exact.mean((0, 2, 3)), exact.var((0, 2, 3))
-    close(norm.running_mean, mean, 1e-6)
-    close(norm.running_var, variance, 1e-6)
-    close(y, (exact - mean.view(2, 1, 1)) / (variance.view(2, 1, 1) + 1e-5).sqrt(), 1e-5)
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    for batch_renorm, norm in {0: BatchNorm(2), 5: BatchRenorm(2, glide=5)}.items():
+        layers = tiny_model(batch_renorm=batch_renorm).modules()
+        assert {type(each) for each in layers if isinstance(each, nn.BatchNorm2d)} == {type(norm)}
+        norm.momentum = 1.0
+        y, exact = norm(x), x.double()
+        mean, variance = exact.mean((0, 2, 3)), exact.var((0, 2, 3))
+        close(norm.running_mean, mean, 1e-6)
+        close(norm.running_var, variance, 1e-6)
+        close(y, (exact - mean.view(2, 1, 1)) / (variance.view(2, 1, 1) + 1e-5).sqrt(), 1e-5)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batch_renorm_glides_from_batch_norm_to_the_values_of_play():
+    ours, theirs = BatchRenorm(1, glide=10).double(), nn.BatchNorm2d(1).double()
+    for norm in (ours, theirs):
+        norm.weight.data.fill_(3.0)
+        norm.bias.data.fill_(0.5)
+    x = torch.tensor([1.0, 3, 5, 7], dtype=torch.float64).view(2, 1, 2, 1).requires_grad_()
+    for _ in range(11):  # batches 0 to 10
+        close(ours(x), theirs(x), 1e-7)  # shares are of float32
+    close(ours.running_mean, theirs.running_mean, 1e-7)
+    close(ours.running_var, theirs.running_var, 1e-7)
+
+    def at(batches, mean, variance):  # of x: 4, and 5 or, as averages have it, 20 / 3
+        ours.num_batches_tracked.fill_(batches)
+        ours.running_mean.fill_(mean)
+        ours.running_var.fill_(variance)
+        return ours(x)
+
+    # Halfway: half the batch, and averages that 0.055 of it goes into
+    mean, variance = 2 + 0.055 * (4 - 2), 9 + 0.055 * (20 / 3 - 9)
+    centre, deviation = (mean + 4) / 2, ((variance + 5) / 2 + 1e-5) ** 0.5
+    close(at(15, 2.0, 9.0), 0.5 + 3 * (x - centre) / deviation, 1e-6)
+    close(ours.running_mean, [mean], 1e-6)
+    close(ours.running_var, [variance], 1e-6)
+    # In the end: the averages alone, and 0.01 of the batch goes into these
+    mean, variance = 2 + 0.01 * (4 - 2), 9 + 0.01 * (20 / 3 - 9)
+    y = at(1000, 2.0, 9.0)
+    close(y, 0.5 + 3 * (x - mean) / (variance + 1e-5) ** 0.5, 1e-6)
+    close(y, ours.eval()(x), 1e-12)
+    (gradient,) = torch.autograd.grad(y, x, gy := torch.tensor([1.0, 0, 0, 0]).view_as(y))
+    own = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+    (expected,) = torch.autograd.grad(own, x, gy)
+    close(gradient, 3 * expected * ((5 + 1e-5) / (variance + 1e-5)) ** 0.5, 1e-6)
+
+
+def test_after_its_glide_a_model_sees_the_same_in_training_and_in_play():
+    image = torch.rand(64, 3, 64, 64) * torch.rand(64, 1, 1, 1)
+    for glide in (0, 1):
+        model = tiny_model(batch_renorm=glide).train()
+        for window in image.split(16):
+            trained = model.posterior(window)
+        played = model.eval().posterior(window)
+        error = (trained - played).abs().max()
+        assert error < 1e-5 if glide else error > 0.02
 
 
 @pytest.mark.parametrize("stride, side", [(4, 16), (2, 3), (3, 4), (8, 1)])
@@ -2813,8 +2861,8 @@ CHANGED = dict(
     sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
     kernel=(7, 4), groups=16, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
-    harmony=False, event_weight=1.5, local=True, dream_from="contexts", dreams=5, context=4,
-    horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8,
+    harmony=False, event_weight=1.5, local=True, batch_renorm=5, dream_from="contexts", dreams=5,
+    context=4, horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8,
     entropy=0.002, policy_unimix=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop",
     model_lr=0.002, agent_lr=0.003, warmup_updates=6, cooldown=0.3, eps=1e-12,
     model_max_grad_norm=50.0, agent_max_grad_norm=60.0)  # fmt: skip
@@ -2949,7 +2997,7 @@ def test_README_results_are_of_the_settings_that_it_names():
     """`laptop` as it is, with flags, or as it was before, which the README tells in flags, too."""
     rows = re.findall(r"^\| \[(\w+)\]\((results/\S+)\) \| (.*?) \|", README, re.M)
     (before,) = re.findall('"Before" is `laptop` with `([^`]+)`', " ".join(README.split()))
-    assert {"as it is", "before"} < {how for _, _, how in rows}
+    assert {"`--batch-renorm 0`", "before"} < {how for _, _, how in rows}
     for game, folder, how in rows:
         words = " ".join(re.findall("`(.*)`", how))
         flags = flags_of(f"{before if 'before' in how else ''} {words}".split())

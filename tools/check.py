@@ -155,6 +155,8 @@ def measure(model: WorldModel, replay: Replay, starts, left, dream: Dream, k: in
         "moving pixels that move, %": 100 * followed.float().mean().item(),
         "KL, nats": kl.mean().item(),
         "mean reward": real_reward.mean().item(), "mean dreamt reward": reward.mean().item(),
+        "ends, % of steps": 100 * real_end.float().mean().item(),
+        "dreamt ends, % of steps": 100 * end.mean().item(),
         **foreseen("rewards", real_reward != 0, reward.abs() > least / 2),
         **foreseen("ends", real_end, end > 0.5)}
 

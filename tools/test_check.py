@@ -94,6 +94,8 @@ def test_every_dream_is_set_beside_what_happened():
             assert found[f"{name} foreseen, %"] == found[f"foreseen {name} that came, %"] == 100
         close(found["mean reward"], sum(taken) / len(taken))
         close(found["mean dreamt reward"], sum(taken) / len(taken))
+        close(found["ends, % of steps"], 100 * taken.count(9) / len(taken))
+        close(found["dreamt ends, % of steps"], 100 * taken.count(9) / len(taken))
         # Of what comes after an episode's last action there is no frame to be held to
         seen = [start for start, n in zip(starts, left) if n > k]
         assert len(seen) == {1: 7, 5: 5, 15: 1}[k]
