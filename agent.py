@@ -173,17 +173,17 @@ class BatchRenorm(BatchNorm):
             return super().normalise(x)
         with torch.no_grad():
             own = (2 - self.num_batches_tracked / self.glide).clamp(0, 1)  # weight of the batch
-            mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-            F.batch_norm(x, mean, variance, training=True, momentum=1.0)  # writes both
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            F.batch_norm(x, mean, variance, training=True, momentum=1.0)  # overwrites both
             self.num_batches_tracked += 1
-            share = self.momentum * (0.1 + 0.9 * own)  # averages over 10 batches, later over 100
-            self.running_mean += share * (mean - self.running_mean)
-            self.running_var += share * (variance - self.running_var)
-            biased = variance * (1 - 1 / x[:, 0].numel())  # what batch norm divides by
-            centre = self.running_mean + own * (mean - self.running_mean)
-            deviation = (self.running_var + own * (biased - self.running_var) + self.eps).sqrt()
-            scale, shift = (biased + self.eps).sqrt() / deviation, (mean - centre) / deviation
-        weight, bias = self.weight * scale, self.bias + self.weight * shift
+            share = 0.01 + 0.09 * own  # averages over 10 batches, as in batch norm, later over 100
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance, share)
+            variance *= 1 - 1 / x[:, 0].numel()  # the biased one, which batch norm divides by
+            centre, spread = self.running_mean.lerp(mean, own), self.running_var.lerp(variance, own)
+            rate = (spread + self.eps).rsqrt()
+            scale, shift = (variance + self.eps).sqrt() * rate, (mean - centre) * rate
+        weight, bias = self.weight * scale, torch.addcmul(self.bias, self.weight, shift)
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
 

@@ -1120,25 +1120,24 @@ def test_statistics_of_a_million_pixels_are_as_exact_as_those_of_a_few():
     for batch_renorm, norm in {0: BatchNorm(2), 5: BatchRenorm(2, glide=5)}.items():
         layers = tiny_model(batch_renorm=batch_renorm).modules()
         assert {type(each) for each in layers if isinstance(each, nn.BatchNorm2d)} == {type(norm)}
-        norm.momentum = 1.0
         y, exact = norm(x), x.double()
         mean, variance = exact.mean((0, 2, 3)), exact.var((0, 2, 3))
-        close(norm.running_mean, mean, 1e-6)
-        close(norm.running_var, variance, 1e-6)
+        close(10 * norm.running_mean, mean, 1e-6)
+        close(10 * norm.running_var - 9, variance, 1e-5)
         close(y, (exact - mean.view(2, 1, 1)) / (variance.view(2, 1, 1) + 1e-5).sqrt(), 1e-5)
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batch_renorm_glides_from_batch_norm_to_the_values_of_play():
-    ours, theirs = BatchRenorm(1, glide=10).double(), nn.BatchNorm2d(1).double()
+    ours, theirs = BatchRenorm(1, glide=10), nn.BatchNorm2d(1)
     for norm in (ours, theirs):
         norm.weight.data.fill_(3.0)
         norm.bias.data.fill_(0.5)
-    x = torch.tensor([1.0, 3, 5, 7], dtype=torch.float64).view(2, 1, 2, 1).requires_grad_()
+    x = torch.tensor([1.0, 3, 5, 7]).view(2, 1, 2, 1).requires_grad_()
     for _ in range(11):  # batches 0 to 10
-        close(ours(x), theirs(x), 1e-7)  # shares are of float32
-    close(ours.running_mean, theirs.running_mean, 1e-7)
-    close(ours.running_var, theirs.running_var, 1e-7)
+        close(ours(x), theirs(x))
+    close(ours.running_mean, theirs.running_mean)
+    close(ours.running_var, theirs.running_var)
 
     def at(batches, mean, variance):  # of x: 4, and 5 or, as averages have it, 20 / 3
         ours.num_batches_tracked.fill_(batches)
@@ -1149,18 +1148,18 @@ def test_batch_renorm_glides_from_batch_norm_to_the_values_of_play():
     # Halfway: half the batch, and averages that 0.055 of it goes into
     mean, variance = 2 + 0.055 * (4 - 2), 9 + 0.055 * (20 / 3 - 9)
     centre, deviation = (mean + 4) / 2, ((variance + 5) / 2 + 1e-5) ** 0.5
-    close(at(15, 2.0, 9.0), 0.5 + 3 * (x - centre) / deviation, 1e-6)
-    close(ours.running_mean, [mean], 1e-6)
-    close(ours.running_var, [variance], 1e-6)
+    close(at(15, 2.0, 9.0), 0.5 + 3 * (x - centre) / deviation)
+    close(ours.running_mean, [mean])
+    close(ours.running_var, [variance])
     # In the end: the averages alone, and 0.01 of the batch goes into these
     mean, variance = 2 + 0.01 * (4 - 2), 9 + 0.01 * (20 / 3 - 9)
     y = at(1000, 2.0, 9.0)
-    close(y, 0.5 + 3 * (x - mean) / (variance + 1e-5) ** 0.5, 1e-6)
-    close(y, ours.eval()(x), 1e-12)
+    close(y, 0.5 + 3 * (x - mean) / (variance + 1e-5) ** 0.5)
+    close(y, ours.eval()(x))
     (gradient,) = torch.autograd.grad(y, x, gy := torch.tensor([1.0, 0, 0, 0]).view_as(y))
     own = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
     (expected,) = torch.autograd.grad(own, x, gy)
-    close(gradient, 3 * expected * ((5 + 1e-5) / (variance + 1e-5)) ** 0.5, 1e-6)
+    close(gradient, 3 * expected * ((5 + 1e-5) / (variance + 1e-5)) ** 0.5)
 
 
 def test_after_its_glide_a_model_sees_the_same_in_training_and_in_play():
