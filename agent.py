@@ -188,8 +188,9 @@ class BatchRenorm(BatchNorm):
 
 
 def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int, norm):
-    """Frames (B, 3, 64, 64) -> features (B, cells, channels[-1] * side * side / cells). Raises
-    ValueError for lists that do not fit each other or the frames."""
+    """Frames (B, 3, 64, 64) -> features (B, cells, channels[-1] * side * side / cells); `norm`
+    makes the batch norm of so many channels. Raises ValueError for lists that do not fit each other
+    or the frames."""
     if len(channels) != len(strides) or 64 % math.prod(strides):
         raise ValueError("channels and strides need one number for each convolution, and the "
                          "product of the strides must divide 64")

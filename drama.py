@@ -72,10 +72,9 @@ PRESETS = {
     "debug": dict(  # seconds; learns no more than Dot
         OURS, local=False, batch_renorm=8, steps=192, learning_starts=64, train_every=8, batch=4,
         length=16, channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32,
-        head_dim=16,
-        head_hidden=16, dreams=16, horizon=4, actor_hidden=16, critic_hidden=16, agent_layers=1,
-        tau=2.5, optimizer="adam", model_lr=1e-3, agent_lr=1e-3, eps=1e-8, warmup_updates=4,
-        log_every=1, eval_episodes=2, precision="float32"),
+        head_dim=16, head_hidden=16, dreams=16, horizon=4, actor_hidden=16, critic_hidden=16,
+        agent_layers=1, tau=2.5, optimizer="adam", model_lr=1e-3, agent_lr=1e-3, eps=1e-8,
+        warmup_updates=4, log_every=1, eval_episodes=2, precision="float32"),
 }
 
 
