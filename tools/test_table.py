@@ -259,7 +259,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, capsys):
 def test_all_results_of_this_repository_make_a_table(capsys):
     rows = lines(capsys, ROOT / "results")
     krull = next(row for row in rows if row[0] == "Krull" and row[2] == "36,158")
-    assert krull[5] == "9,026 ± 348* (696 %)"  # README, "Results": 9,026 +- 350
+    assert krull[5] == "9,026 ± 348* (696 %)"  # as in results/README.md
 
 
 # ---------------------------------------------------------------- the array for Slurm
