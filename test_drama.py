@@ -2993,14 +2993,13 @@ def test_README_commands_are_understood(monkeypatch):
 
 
 def test_README_results_are_of_the_settings_that_it_names():
-    """`laptop` as it is or as it was once, with flags; the README tells in flags what that was."""
+    """`laptop` as it is, with flags, or as it was before, which the README tells in flags, too."""
     rows = re.findall(r"^\| \[(\w+)\]\((results/\S+)\) \| (.*?) \|", README, re.M)
-    once = re.findall('"(Earlier|Before)" is `laptop` with `([^`]+)`', " ".join(README.split()))
-    once = {"as it is": ""} | {name.lower(): flags for name, flags in once}
-    assert {"earlier", "before"} < {how for _, _, how in rows}
+    (before,) = re.findall('"Before" is `laptop` with `([^`]+)`', " ".join(README.split()))
+    assert {"`--batch-renorm 0`", "before"} < {how for _, _, how in rows}
     for game, folder, how in rows:
-        name, *words = how.replace("`", "").split(", ")
-        flags = flags_of(" ".join([once[name], *words]).split())
+        words = " ".join(re.findall("`(.*)`", how))
+        flags = flags_of(f"{before if 'before' in how else ''} {words}".split())
         held = json.loads((HERE / folder / "settings.json").read_text())
         held = drama.settings_of(dict(settings=held))
         free = ("precision", "temperature", *drama.MAY_CHANGE)
