@@ -519,7 +519,7 @@ def test_keys_play_leave_dream_and_come_back(window):
         one.wait_for_selector(f"#policy button:nth-child({action + 1}).taken")
         assert pixel(one, "game", 12 * action + 4, 30) == [seed, 10 * step, 255]
         assert pixel(one, "game", 12 * ((action + 1) % 4) + 4, 30) == [seed, 10 * step, 0]
-    says(one, "driver", "You play")
+    says(one, "driver", "Let the agent play")
     says(one, "game-says", "score 6")  # the reward is the action
     for bar in one.locator("#policy button").all():
         share = bar.locator("i").bounding_box()["width"] / bar.bounding_box()["width"]
@@ -539,7 +539,7 @@ def test_keys_play_leave_dream_and_come_back(window):
     one.keyboard.press("Enter")
     says(one, "game-says", "score 12")
     one.keyboard.press("a")
-    says(one, "driver", "The agent plays")
+    says(one, "driver", "Play yourself")
     one.keyboard.press("n")
     one.wait_for_selector("#policy .taken")
     one.keyboard.press("p")  # and it goes on by itself, into the next episode
