@@ -187,13 +187,14 @@ class BatchRenorm(BatchNorm):
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=self.eps)
 
 
-def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: int, norm):
-    """Frames (B, 3, 64, 64) -> features (B, cells, channels[-1] * side * side / cells); `norm`
+def encoder(size: int, channels: list[int], strides: list[int], kernels: list[int], cells: int,
+            norm):
+    """Frames (B, 3, size, size) -> features (B, cells, channels[-1] * side * side / cells); `norm`
     makes the batch norm of so many channels. Raises ValueError for lists that do not fit each other
     or the frames."""
-    if len(channels) != len(strides) or 64 % math.prod(strides):
+    if len(channels) != len(strides) or size % math.prod(strides):
         raise ValueError("channels and strides need one number for each convolution, and the "
-                         "product of the strides must divide 64")
+                         f"product of the strides must divide {size}")
     if len(kernels) != len(strides) or any(
             k < stride or stride == 1 and k % 2 == 0 for k, stride in zip(kernels, strides)):
         raise ValueError("kernel needs one number for all convolutions or one for each, no smaller "
@@ -208,7 +209,7 @@ def encoder(channels: list[int], strides: list[int], kernels: list[int], cells: 
 def decoder(d_input: int, d_cell: int, channels: list[int], strides: list[int], kernels: list[int],
             side: int, norm):
     """The encoder mirrored: (B, cells, d_input) -> d_cell features each -> logits of frames
-    (B, 3, 64, 64)."""
+    (B, 3, size, size)."""
     blocks = [nn.Linear(d_input, d_cell), ToImage(channels[-1], side)]
     mirrored = (part[::-1] for part in (channels, [3] + channels[:-1], strides, kernels))
     for before, after, stride, kernel in zip(*mirrored):
@@ -285,7 +286,7 @@ class WorldModel(nn.Module):
         d_latent, side = groups * classes, size // math.prod(strides)
         self.cells = side**2 if local else 1
         norm = functools.partial(BatchRenorm, glide=batch_renorm) if batch_renorm else BatchNorm
-        self.encoder = encoder(channels, strides, kernels, self.cells, norm)
+        self.encoder = encoder(size, channels, strides, kernels, self.cells, norm)
         if groups % self.cells:
             raise ValueError(f"local latents need {self.cells} groups, or a multiple: as many for "
                              "each cell of the encoder's last image")

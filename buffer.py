@@ -712,9 +712,10 @@ def no_run(path: Path) -> Mistake:
     return Mistake(f"{path} has saved nothing yet." if begun else f"{path} holds no run.")
 
 
-def mean_and_error(scores) -> tuple[float, float]:
-    """Of some scores: their mean, and its standard error."""
-    return float(np.mean(scores)), float(np.std(scores) / max(1, len(scores) - 1) ** 0.5)
+def mean_and_error(scores) -> tuple[float, float | None]:
+    """Of some scores: their mean, and its standard error, which one alone does not have."""
+    error = float(np.std(scores) / (len(scores) - 1) ** 0.5) if len(scores) > 1 else None
+    return float(np.mean(scores)), error
 
 
 # ---------------------------------------------------------------- an agent in one file
@@ -783,10 +784,12 @@ def export(source: Path, target: Path) -> str:
     torch.save(agent, data := io.BytesIO())  # in memory first, as above
     target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, data.getvalue())
-    digits = 1 if score and abs(score["mean"]) >= 100 else 3
-    earned = (f"score {score['mean']:,.{digits}f} ± {score['error']:,.{digits}f} in "
-              f"{score['episodes']} episodes at step {score['step']:,}"
-              if score else "no score yet")
+    earned = "no score yet"
+    if score:
+        digits, count = 1 if abs(score["mean"]) >= 100 else 3, score["episodes"]
+        error = f" ± {score['error']:,.{digits}f}" if count > 1 else ""
+        earned = (f"score {score['mean']:,.{digits}f}{error} in {count} episode{'s' * (count > 1)} "
+                  f"at step {score['step']:,}")
     return (f"{about['settings']['game']}, {state['step']:,} steps, {earned}, "
             f"{len(newest['action'])} frames, {len(data.getvalue()) / 1e6:.1f} MB")
 

@@ -308,8 +308,9 @@ class Run:
 
     def __init__(self, s: Settings, device: torch.device):
         self.settings, self.device = s, device
-        asked = s.replay_device != "auto" and pick_device(s.replay_device, "replay_device")[0]
-        self.replay = Replay(s.steps, Replay.place(s.steps, device, asked or None))
+        asked = s.replay_device
+        asked = None if asked == "auto" else pick_device(asked, "replay_device")[0]
+        self.replay = Replay(s.steps, Replay.place(s.steps, device, asked))
         self.game = make_game(s)
         self.model, self.agent = build_networks(s, self.game.actions, device)
         loss_weights = list(self.model.harmony.parameters())
@@ -407,10 +408,10 @@ def train(run: Run, folder: Folder, stop: StopSignal):
                 run.player = run.player or make_player(s, run.playing_model, run.playing_agent)
                 frame = torch.from_numpy(run.frame).to(run.device)
                 action = int(run.player.act(frame, torch.tensor([first], device=run.device)))
-            frame, reward, terminal, done = run.game.step([action])
+            after, reward, terminal, done = run.game.step([action])
             replay.add(frame=run.frame[0], action=action, reward=reward[0], terminal=terminal[0],
                        first=first)
-            run.frame, run.score = frame, run.score + float(reward[0])
+            run.frame, run.score = after, run.score + float(reward[0])
             run.episode_length += 1
             if done[0]:
                 end_episode(run, folder)
@@ -633,7 +634,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
                          f"temperature {player.temperature:g}"}
     if scores:
         mean, error = mean_and_error(scores)
-        table["final score"] = f"{mean:,.{digits}f}, standard error {error:,.{digits}f}"
+        table["final score"] = f"{mean:,.{digits}f}" + (
+            f", standard error {error:,.{digits}f}" if len(scores) > 1 else "")
         table["lowest, highest"] = ", ".join(in_digits(f(scores), ",") for f in (min, max))
     if last:
         short = " (the paper's protocol takes 5)" * (len(last) < 5)
@@ -971,16 +973,23 @@ def refuse(flags: dict, because: str):
         raise Mistake(f"{because}: leave out {as_flag(name, value)}.")
 
 
+def without_effect(s: Settings, flags: dict) -> Settings:
+    """Settings that mean nothing beside others take their plain values; a flag for one is refused.
+    """
+    for name, (by, *values) in HAS_NO_EFFECT.items():
+        if (now := getattr(s, by)) in values:
+            if flags.get(name, plain := getattr(Settings, name)) != plain:
+                raise Mistake(f"{flag(name)} means nothing with {as_flag(by, now)}: leave it out.")
+            s = replace(s, **{name: plain})
+    return s
+
+
 def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     """Preset, then flags; then what was left to the machine is settled for good."""
     device, why = pick_device(flags.get("device", "auto"))
     flags = dict(preset=own_preset(device.type)) | flags
     check(s := Settings(**(PRESETS[flags["preset"]] | flags)))
-    for name, (by, *values) in HAS_NO_EFFECT.items():
-        if (now := getattr(s, by)) in values:
-            if flags.get(name, plain := getattr(Settings, name)) != plain:
-                raise Mistake(f"{flag(name)} means nothing with {as_flag(by, now)}: leave it out.")
-            s = replace(s, **{name: plain})  # whatever the preset has
+    s = without_effect(s, flags)
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
     return replace(s, game=game_title(s.game), precision=precision), device, why
@@ -1013,8 +1022,9 @@ def introduce(run: Run, why: str, path: Path):
     s, device, frames = run.settings, run.device, run.replay.columns["frame"]
     chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     parts = [*run.model.named_children(), *run.agent.named_children()]
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts}
-    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size > 3)
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in parts
+             if name != "harmony"}
+    sizes = ", ".join(f"{name} {size:,}" for name, size in sizes.items() if size)
     print(f"device   {device} ({chip}), {why}; {s.precision}, {torch.get_num_threads()} threads\n"
           f"preset   {s.preset}; {s.game}, seed {s.seed}, {s.steps:,} steps, in {path}\n"
           f"game     {run.game.actions} actions; frames: {run.game.source}\n"

@@ -112,7 +112,10 @@ def in_blocks(tensor, K, Q):
 
 @without_autocast
 def s6_step(x, dt, A, B, C, D, h, reset=None, every=None):
-    """x, dt (B, W); A (W, N); B, C (B, N); D (W); h (B, W, N); reset (B) -> y (B, W), h"""
+    """x, dt (B, W); A (W, N); B, C (B, N); D (W); h (B, W, N); reset (B) -> y (B, W), h
+
+    `every` is there because `mix` calls all forms alike: one step has no pieces.
+    """
     if reset is not None:
         h = torch.where(reset[:, None, None], 0, h)
     h = torch.exp(dt[..., None] * A) * h  # (B, W, N)

@@ -3597,6 +3597,15 @@ def test_an_exported_agent_says_where_it_comes_from(run_folder, tmp_path, capsys
     assert agent["versions"] == Folder(run_folder).load()[0]["versions"]
 
 
+def test_one_episode_alone_claims_no_standard_error(run_folder, fake, tmp_path, capsys):
+    (run_folder / "evaluation-000064.json").unlink()
+    assert drama.main(["--eval", str(run_folder), "--eval-episodes", "1"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "final score" in line)
+    assert re.fullmatch(r" +final score +-?[\d.]+", line)
+    assert drama.main(["--export", str(run_folder), str(tmp_path / "agent.pt")]) == 0
+    assert re.search(r"score [\d.]+ in 1 episode at step 64", capsys.readouterr().out)
+
+
 def test_an_exported_agent_brings_its_newest_steps(exported, run_folder):
     files = [np.load(path) for path in sorted(run_folder.glob("replay-*.npz"))]
     assert len(files) == 4  # of 16 steps; none is left over
