@@ -38,14 +38,14 @@ def branch(source: Path, target: Path, flags: dict) -> dict:
                           "leave that out.")
         if name in drama.MAY_CHANGE and name != "steps":
             raise Mistake(f"leave out {drama.flag(name)}: drama.py takes it, when it goes on.")
+    if target.exists():
+        raise Mistake(f"{target} is there already: name a new folder.")
     if s.steps <= state["step"]:
         raise Mistake(f"{source} has {state['step']} steps already: give more --steps.")
     if {"length", "context", "dream_from"} & {*changed}:  # other ages of what a player remembers
         state["player"] = None
     torch.set_num_threads(manifest["threads"])
     with contextlib.closing(folder := Folder(target)):
-        if folder.manifests():
-            raise Mistake(f"{target} holds a run: name a new folder.")
         folder.open_for_writing(new=True)
         run = drama.Run(s, torch.device("cpu"))
         folder.resume(manifest, state, files, run.replay)

@@ -59,7 +59,7 @@ def test_what_a_branch_refuses(run_folder, tmp_path, capsys):
         refused(capsys, branch.main, [run_folder, new, *flags], says)
         assert not new.exists()
     refused(capsys, branch.main, [tmp_path / "none", new, "--steps", "80"], "no folder")
-    refused(capsys, branch.main, [run_folder, run_folder, "--steps", "80"], "name a new folder")
+    refused(capsys, branch.main, [run_folder, run_folder, "--steps", "80"], "is there already")
     assert contents(run_folder) == before
 
 
