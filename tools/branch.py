@@ -29,6 +29,8 @@ def branch(source: Path, target: Path, flags: dict) -> dict:
     """Copy the newest save of a run, with these settings changed -> what branch.json holds."""
     manifest, state, files = Folder(source).load()
     before = drama.settings_of(manifest)
+    if flags.get("precision") == "auto":  # what that came to was settled when the run began
+        del flags["precision"]
     drama.check(s := drama.without_effect(replace(before, **flags), flags))
     changed = {f.name: [getattr(before, f.name), getattr(s, f.name)] for f in fields(s)
                if getattr(before, f.name) != getattr(s, f.name)}

@@ -23,7 +23,7 @@ def stopped(fake, tmp_path):
 
 def test_a_branch_with_nothing_changed_is_the_run_itself(stopped, whole, runs, tmp_path, capsys):
     before = contents(stopped)
-    assert branch.main([str(stopped), str(tmp_path / "new")]) == 0
+    assert branch.main([str(stopped), str(tmp_path / "new"), "--precision", "auto"]) == 0
     assert "at step 40, nothing changed" in capsys.readouterr().out
     assert contents(stopped) == before
     assert drama.main(["--run", str(tmp_path / "new")]) == 0
