@@ -654,8 +654,8 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         if keep:
             lists = {f"{name}s": [each[name] for each in episodes] for name in ("length", "seed")}
             write_json(path, dict(
-                game=s.game, preset=s.preset, seed=s.seed, step=state["step"], scores=scores,
-                **lists, act_on=player.act_on, temperature=player.temperature,
+                game=s.game, preset=s.preset, seed=s.seed, step=state["step"], steps=s.steps,
+                scores=scores, **lists, act_on=player.act_on, temperature=player.temperature,
                 last_training_scores=last, versions=versions()))
     finally:  # it may have taken an hour
         print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))

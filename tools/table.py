@@ -54,16 +54,19 @@ def read_run(folder: Path) -> Run:
         s = DEFAULTS | in_todays_words(json.loads((folder / "settings.json").read_bytes()))
         episodes = columns(folder / "episodes.csv", "step", "score")
         curve = [(int(step), score) for step, score in episodes.tolist()]
-        newest = Folder(folder).numbered("evaluation", ".json")[:1]
-        test = json.loads(newest[0].read_bytes()) if newest else dict(
+        found = Folder(folder).numbered("evaluation", ".json")
+        test, *before = [json.loads(path.read_bytes()) for path in found] or [dict(
             step=max([int(columns(folder / "metrics.csv", "step").max(initial=0)),
                       *map(step_of, Folder(folder).manifests())]),
-            scores=[], last_training_scores=[score for _, score in curve[-5:]])
+            scores=[], last_training_scores=[score for _, score in curve[-5:]])]
         scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
         scores = {name: np.array(values, float) for name, values in scores.items() if values}
         game = f"{s['game']} {s['game_args']}".strip()
-        if not s["cooldown"] or s["steps"] == test["step"]:
+        ends = [old["step"] for old in before if s["cooldown"] and old.get("steps") == old["step"]]
+        if not s["cooldown"] or test.get("steps", s["steps"]) == test["step"]:
             s["steps"] = "as many"  # else its rates were not those of a run that ended there
+        if ends:  # nor were they if they had fallen before
+            s["steps"] = f"{s['steps']}, after {', '.join(map(str, sorted(ends)))}"
         return Run(folder, s, game, s["seed"], test["step"], scores, curve)
     except (ValueError, KeyError, TypeError, csv.Error):
         raise Mistake(f"a file of {folder} is damaged: mend it, or leave the run out.") from None

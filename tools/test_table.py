@@ -42,9 +42,9 @@ def make_run(folder: Path, evaluations=(), game="Breakout", seed=0, settings=(),
     return folder
 
 
-def write_evaluation(folder: Path, step: int, scores, training, other=""):
+def write_evaluation(folder: Path, step: int, scores, training, other="", **more):
     (folder / f"evaluation-{step:06d}{other}.json").write_text(json.dumps(dict(
-        step=step, scores=scores, last_training_scores=list(training[-5:]))))
+        step=step, scores=scores, last_training_scores=list(training[-5:]), **more)))
 
 
 def lines(capsys, *arguments, code=0):
@@ -159,6 +159,20 @@ def test_a_run_that_has_cooled_down_is_no_seed_of_one_that_has_not(tmp_path, cap
     rows = lines(capsys, tmp_path)[2:5]
     assert sorted((row[3], row[5].split()[0]) for row in rows) == [
         ("2", "25.0"), ("2", "45.0"), ("2", "5.0")]
+
+
+def test_a_run_that_went_on_after_its_end_is_known_by_its_evaluations(tmp_path, capsys):
+    """Seeds 0 and 1 ended at step 1,000, seed 0 goes on since then. Seeds 2 and 3 ended at 5,000,
+    and seed 2 once before: its rates fell twice."""
+    for seed, evaluations in enumerate([[1000], [1000], [1000, 5000], [5000]]):
+        folder = make_run(tmp_path / str(seed), seed=seed,
+                          settings=dict(steps=1000 if seed == 1 else 5000, cooldown=0.2))
+        for step in evaluations:
+            write_evaluation(folder, step, [10 * seed], (1, 2, 3), steps=step)
+    rows = lines(capsys, tmp_path)[2:5]
+    assert sorted((row[3], row[5].split()[0]) for row in rows) == [
+        ("1", "20.0"), ("1", "30.0"), ("2", "5.0")]
+    assert [row[1] for row in rows if row[5].startswith("20.0")] == ["laptop, steps as many, after 1000"]
 
 
 def test_settings_that_an_older_version_wrote_in_its_words_are_the_same(tmp_path, capsys):
