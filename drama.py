@@ -308,8 +308,8 @@ class Run:
 
     def __init__(self, s: Settings, device: torch.device):
         self.settings, self.device = s, device
-        asked = s.replay_device
-        asked = None if asked == "auto" else pick_device(asked, "replay_device")[0]
+        asked = (None if s.replay_device == "auto" else
+                 pick_device(s.replay_device, "replay_device")[0])
         self.replay = Replay(s.steps, Replay.place(s.steps, device, asked))
         self.game = make_game(s)
         self.model, self.agent = build_networks(s, self.game.actions, device)
@@ -974,8 +974,7 @@ def refuse(flags: dict, because: str):
 
 
 def without_effect(s: Settings, flags: dict) -> Settings:
-    """Settings that mean nothing beside others take their plain values; a flag for one is refused.
-    """
+    """Settings that mean nothing beside others at their plain values; a flag for one is refused."""
     for name, (by, *values) in HAS_NO_EFFECT.items():
         if (now := getattr(s, by)) in values:
             if flags.get(name, plain := getattr(Settings, name)) != plain:

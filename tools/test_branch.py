@@ -70,14 +70,15 @@ OTHER = dict(channels=(4, 8), strides=(2, 2), kernel=(9,), backbone="gru", optim
 def test_what_is_fixed_is_what_networks_and_optimisers_are_made_of():
     """And which game it is, and the preset's name, which tensors do not tell."""
     def made(**changes):
-        s = tiny_settings(**dict(dict(groups=16), **changes))
+        s = tiny_settings(**dict(groups=16) | changes)
         nets = drama.build_networks(s, 4, torch.device("cpu"))
         return s.optimizer, [(name, value.shape) for net in nets
                              for name, value in net.state_dict().items()]
 
     fixed, plain = {"preset", "game", "game_args", "action_repeat"}, tiny_settings(groups=16)
+    unchanged = made()
     for name, value in vars(plain).items():
         if not isinstance(value, (str, tuple)) or name in OTHER:
             other = OTHER.get(name, not value if isinstance(value, bool) else 2 * value or 1)
-            fixed |= {name} if made(**{name: other}) != made() else set()
+            fixed |= {name} if made(**{name: other}) != unchanged else set()
     assert {*branch.FIXED} == fixed
