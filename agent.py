@@ -11,7 +11,7 @@ The time index, everywhere in this project (paper, figure 1 and algorithm 1):
     deterministic    d_t = f(z_<=t, a_<=t)            holds a_t
     read from d_t    z^_{t+1}, r^_t, e^_t             never from d_{t-1}
 
-z_t is the posterior of a real frame in play and at a dream's first step, and a sample of the
+z_t is sampled from the posterior of a real frame in play and at a dream's first step, and from the
 prior inside a dream. Because q looks at one frame only, a whole batch of windows is encoded,
 scanned and scored at once; scan.py does the scanning.
 
@@ -21,7 +21,7 @@ K groups, C classes, Z = K * C, D width of d, F = Z + D, A actions. Losses: pape
 lists them.
 
 The training loop calls WorldModel.loss, WorldModel.imagine and ActorCritic.loss: begin with these.
-Of scan.py, the last to be read, it is enough to know that SequenceModel makes d_t of latents and
+Of scan.py, the last to be read, it is enough to know that SequenceModel makes d_t from latents and
 actions.
 """
 
@@ -50,7 +50,7 @@ def one_hot(index: Tensor, classes: int, dtype=torch.float32) -> Tensor:
 
 
 def unimix_softmax(logits: Tensor, uniform: float) -> Tensor:
-    """(1 - uniform) softmax + uniform / classes, in float32: uniform > 0 rules none out."""
+    """(1 - uniform) softmax + uniform / classes, in float32: uniform > 0 rules no class out."""
     return (1 - uniform) * logits.float().softmax(-1) + uniform / logits.shape[-1]
 
 
@@ -71,7 +71,7 @@ class TwoHot(nn.Module):
 
     Targets are split between the two bins around them and expectations are taken in raw space,
     not in symlog space, where a rare large reward would all but vanish (P10). The bins mirror
-    each other about an exact 0, and halves are added pairwise, so a flat distribution reads 0.
+    each other about an exact 0, and are added in mirrored pairs: a flat distribution reads 0.
     Source: DreamerV3 (2024), section "Robust prediction".
     """
 
@@ -85,7 +85,7 @@ class TwoHot(nn.Module):
 
     @classmethod
     def initialise(cls, layer: nn.Linear):
-        """Zero weights, and less mass the further out: flat tails would read 100,000s for long."""
+        """Zero weights, less mass further out: flat tails would read 100,000s for a long time."""
         nn.init.zeros_(layer.weight)
         k = torch.linspace(-cls.LIMIT, cls.LIMIT, 2 * cls.HALF + 1)
         layer.bias.data.copy_(-1.5 * k.abs())
@@ -97,8 +97,8 @@ class TwoHot(nn.Module):
         return ((above - below) * self.bins[self.HALF + 1 :]).sum(-1)
 
     def loss(self, logits: Tensor, *targets: Tensor) -> Tensor:
-        """Sum of the cross-entropies of (..., 255) logits to each of some (...) numbers; beyond the
-        last bin counts as it."""
+        """Sum of the cross-entropies of (..., 255) logits to each target, (...) numbers; one beyond
+        the last bin counts as that bin."""
         target = torch.stack(targets, -1).clamp(self.bins[0], self.bins[-1])  # (..., targets)
         below = torch.searchsorted(self.bins, target, right=True).sub(1).clamp(0, 2 * self.HALF - 1)
         low, high = self.bins[below], self.bins[below + 1]
@@ -143,8 +143,8 @@ class ToImage(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """On a CPU torch 2.13 sums channels-last images in float32, one number after the other: beyond
-    a million a channel, as in `paper`, the variance is 1 % off, and each number of threads has its
-    own. Contiguous images are summed pairwise."""
+    a million a channel, as in `paper`, the variance is 1 % off, and depends on the number of
+    threads. Contiguous images are summed pairwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or x[:, 0].numel() < 2**19:
@@ -159,8 +159,8 @@ class BatchRenorm(BatchNorm):
     """Batch norm for `glide` batches; after as many more it trains by the running averages, as it
     plays. Gradients stay those of batch norm.
 
-    By the statistics of one scene what moves in it stands out, and is learnt sooner. But play and
-    dreams know only the averages, by which the scenes that come later look like none it has seen.
+    Normalised by the statistics of one scene, what moves in it stands out and is learnt sooner. But
+    play and dreams know only the averages, by which later scenes look like none it has seen.
     Source: Ioffe (arXiv 1702.03275), equation 1; its limits do what gliding does here.
     """
 
@@ -189,9 +189,9 @@ class BatchRenorm(BatchNorm):
 
 def encoder(size: int, channels: list[int], strides: list[int], kernels: list[int], cells: int,
             norm):
-    """Frames (B, 3, size, size) -> features (B, cells, channels[-1] * side * side / cells); `norm`
-    makes the batch norm of so many channels. Raises ValueError for lists that do not fit each other
-    or the frames."""
+    """Frames (B, 3, size, size) -> features (B, cells, channels[-1] * side * side / cells).
+    norm(channels) makes a batch norm. Raises ValueError for lists that do not fit each other or the
+    frames."""
     if len(channels) != len(strides) or size % math.prod(strides):
         raise ValueError("channels and strides need one number for each convolution, and the "
                          f"product of the strides must divide {size}")
@@ -227,7 +227,7 @@ def truncated_normal(*modules: nn.Module):
     for layer in (layer for module in modules for layer in module.modules()):
         if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
             fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
-            deviation = math.sqrt(2 / (fan_in + fan_out)) / 0.8796  # what the cut leaves of 1
+            deviation = math.sqrt(2 / (fan_in + fan_out)) / 0.8796  # a deviation of 1, once cut
             nn.init.trunc_normal_(layer.weight, 0, deviation, -2 * deviation, 2 * deviation)
             nn.init.zeros_(layer.bias)
 
@@ -255,7 +255,7 @@ class Dream(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """Real steps 0 .. T of B windows, time first: what the critic sees of all, and the outcomes of
+    """Real steps 0 .. T of B windows, time first: what the critic sees at each, and the outcomes of
     all but the last."""
 
     z: Tensor  # (T + 1, B, K) indices of z_t
@@ -269,8 +269,8 @@ class WorldModel(nn.Module):
     """Discrete autoencoder, sequence model, and heads for what comes next.
 
     `harmony` learns one weight for each of the image, reward and latent losses (HarmonyDream,
-    equation 6); `event_weight` looks closer at the few pixels that moved. With `local` each cell of
-    the encoder's last image has categoricals of its own: those of all of it overlook a small ball.
+    equation 6); `event_weight` favours the few pixels that moved. With `local` each cell of the
+    encoder's last image has categoricals of its own: those of a whole image overlook a small ball.
     After `batch_renorm` batches it comes to see a frame in training as it will in play (0: never).
     """
 
@@ -341,11 +341,11 @@ class WorldModel(nn.Module):
     def image_loss(self, image: Tensor, batch) -> Tensor:
         """Squared error of images (B * L, 3, size, size), summed over the pixels of a step -> mean.
 
-        A small ball is lost in a plain sum over the pixels. Where few, under 5 %, have moved since
-        the frame before, still ones count half and these `event_weight` times that (1: all alike).
+        A small ball is lost in a plain sum over the pixels. If few, under 5 %, have moved since the
+        frame before, the still ones count half, the moved `event_weight` times that (1: all alike).
         """
         frame = batch.frame.flatten(0, 1).permute(0, 3, 1, 2)
-        target = torch.empty_like(image).copy_(frame) / 255  # in float32 (D7), and in its layout
+        target = torch.empty_like(image).copy_(frame) / 255  # in float32 (D7), laid out as image
         error = F.mse_loss(image, target, reduction="none")
         if self.event_weight > 1:
             error = error * self.pixel_weights(batch.frame, batch.first).unsqueeze(1)
@@ -366,7 +366,7 @@ class WorldModel(nn.Module):
         """Windows (B, L) -> loss and metrics.
 
         A batch has the parts of SCHEMA in buffer.py. Losses: paper, equations 6 and 7. The free nat
-        is taken step by step: averaged first, it would leave rare surprising frames without a
+        applies step by step: applied to their mean, it would leave rare surprising frames without a
         gradient (P6). No KL leads from an episode's last step to the next one's first frame (T2).
         """
         B, L = batch.action.shape
@@ -380,7 +380,7 @@ class WorldModel(nn.Module):
         prior, posterior = self.prior(d[:, :-1]), posterior[:, 1:]  # both of step t + 1
         dynamics = kl_divergence(posterior.detach(), prior)  # (B, L - 1)
         representation = kl_divergence(posterior, prior.detach())
-        within = (~batch.first[:, 1:]).float()  # one episode
+        within = (~batch.first[:, 1:]).float()  # t and t + 1 in one episode
 
         def mean_within(kl):
             return (kl * within).sum() / within.sum().clamp(min=1)
@@ -413,14 +413,14 @@ class WorldModel(nn.Module):
         windows themselves as a trajectory.
 
         A dream starts at the head of each of `count` pieces, from the state that the piece before
-        left; the head of a window has none before it and starts from zero.
+        left; the first piece of a window has none before it and starts from zero.
         """
         B, L = batch.action.shape
         piece = B * L // count
         d, states = self.sequence(self.token(z, batch.action), reset=batch.first, every=piece)
         d_past = F.pad(d[:, :-1], (0, 0, 1, 0)).masked_fill(batch.first[..., None], 0.0)
 
-        def before_each(after_each):  # piece: (B, pieces, ...) -> (count, ...)
+        def before_each(after_each):  # states of pieces: (B, pieces, ...) -> (count, ...)
             before = torch.empty_like(after_each)  # with the layout of states
             before[:, 0].zero_()
             before[:, 1:] = after_each[:, :-1]
@@ -439,7 +439,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def starts_from_contexts(self, batch) -> Start:
-        """One start a window: its last frame, seen after a scan of the steps before it.
+        """One start per window: its last frame, seen after a scan of the steps before it.
 
         Paper, algorithm 1, with the posterior of the last frame in place of a prior sample.
         """
@@ -506,7 +506,7 @@ def lambda_return(reward: Tensor, end: Tensor, value: Tensor, gamma: float, lamb
 class ReturnRange(nn.Module):
     """Running distance S between the 5th and 95th percentile of returns, to scale advantages.
 
-    The first one seen starts the average, and both figures are saved with the weights (D15).
+    The first distance starts the average; `value` and `seen` are saved with the weights (D15).
     """
 
     def __init__(self, decay: float):
@@ -519,7 +519,7 @@ class ReturnRange(nn.Module):
     @torch.no_grad()
     def update(self, returns: Tensor) -> Tensor:
         low, high = torch.quantile(returns.flatten(), self.quantiles)
-        decay = self.decay * self.seen  # 0 at the first
+        decay = self.decay * self.seen  # 0 at the first update
         self.value.copy_(decay * self.value + (1 - decay) * (high - low))
         self.seen.fill_(1.0)
         return self.value
@@ -528,9 +528,9 @@ class ReturnRange(nn.Module):
 class ActorCritic(nn.Module):
     """Actor pi(a | s) and critic v(s) on s_t = [z_t, d_{t-1}], trained in dreams.
 
-    What is beyond a dream's last step the critic learns from itself, and a young one may talk
-    itself into values that no one ever earned. `replay_critic` weighs a second loss that holds it
-    to the rewards of the real steps the dreams started from (DreamerV3 of 2024).
+    What lies beyond a dream's last step the critic learns from itself, and a young one may talk
+    itself into values that were never earned. `replay_critic` is the weight of a second loss, which
+    holds it to the rewards of the real steps that the dreams started from (DreamerV3 of 2024).
     """
 
     def __init__(self, actions: int, *, groups: int, classes: int, d_model: int,
@@ -568,15 +568,15 @@ class ActorCritic(nn.Module):
         return self.two_hot.mean(self.critic(self.features(z, d_past)))
 
     def act(self, z: Tensor, d_past: Tensor, temperature: float = 1.0) -> Tensor:
-        """z_t (N, K), d_{t-1} (N, D) -> actions (N,), drawn by pi^(1 / temperature)."""
+        """z_t (N, K), d_{t-1} (N, D) -> actions (N,), drawn from pi^(1 / temperature)."""
         return sample(self.policy(self.features(z, d_past)) ** (1 / temperature))
 
     def critic_loss(self, features: Tensor, reward: Tensor, end: Tensor, truncated=None):
-        """s_0 .. s_T (T + 1, N, F) and what came of T steps (T, N) -> the critic's loss (T, N), its
+        """s_0 .. s_T (T + 1, N, F), outcomes of T steps (T, N) -> the critic's loss (T, N), its
         values (T + 1, N) and the returns (T, N).
 
         After the last step, and where the episode was `truncated` (T, N), the critic's own value
-        stands for what is not known; truncated steps have no loss.
+        stands in for what is not known; truncated steps have no loss.
         """
         logits = self.critic(features[:-1])  # (T, N, bins)
 
@@ -594,7 +594,7 @@ class ActorCritic(nn.Module):
     def loss(self, dream: Dream, trajectory: Trajectory | None = None) -> tuple[Tensor, dict]:
         """Dreams of T steps, and real ones if the critic learns from them -> loss and metrics.
 
-        Every step counts by the chance that the dream has got that far: the ends it foresaw are
+        Every step is weighted by the chance that the dream gets that far: the ends it foresees are
         neither ignored nor rounded (P7).
         """
         features = self.features(dream.z, dream.d_past)  # (T + 1, N, F)
@@ -657,12 +657,12 @@ class Move(NamedTuple):
 class Player:
     """Plays `games` side by side with the state carried from step to step: O(1) a step.
 
-    Left alone, a state would grow older than any that was trained, and it remembers old weights.
-    So at the age of `oldest` steps it is rebuilt, with the present weights, by one scan over the
-    newer half of them, and ages run from oldest / 2 to oldest (T4). Play changes nothing else (D6).
+    Left alone, a state would grow older than any in training, and it was made by older weights. So
+    at the age of `oldest` steps it is rebuilt, with the present weights, by one scan over the newer
+    half of these: its age runs from oldest / 2 to oldest (T4). Play changes nothing else (D6).
 
     `act_on="prior"` shows the actor a guess at the frame in place of the frame, as the published
-    code does; it exists to be compared with. `temperature` is that of ActorCritic.act.
+    code does; it is there for comparison. `temperature` is that of ActorCritic.act.
     """
 
     def __init__(self, model: WorldModel, agent: ActorCritic, games: int, oldest: int,
@@ -698,8 +698,8 @@ class Player:
         return action
 
     def play(self, game, seeds, reseed, limit: int | float = math.inf):
-        """Play `game` from its start, by its seeds, for `limit` steps or until every copy is over
-        -> Moves; `reseed(step)` comes before every step.
+        """Play `game` from its start, with these seeds, for `limit` steps or until every copy is
+        over -> Moves; `reseed(step)` is called before every step.
 
         The player remembers nothing from before (D8); a copy that is over earns nothing more.
         """
@@ -715,7 +715,7 @@ class Player:
             frame, step = after, step + 1
 
     def state_dict(self) -> dict:
-        """All that the next action depends on beside the weights."""
+        """All that the next action depends on besides the weights."""
         history = [torch.stack(column) for column in zip(*self.history)]
         return dict(state=[tuple(layer) for layer in self.state], d=self.d_past,
                     history=history, age=self.age)
@@ -738,7 +738,7 @@ class LaProp(torch.optim.Optimizer):
     m <- b1 m + (1 - b1) rate g / (sqrt(v / (1 - b2^k)) + eps)
     theta <- theta - m / (1 - b1^k)             at the k-th update; no weight decay (D4)
 
-    Where `found_inf` is 1 nothing changes, as with torch's own fused optimisers.
+    If `found_inf` is 1 nothing changes, as in torch's own fused optimisers.
     """
 
     def __init__(self, params, lr: Tensor, betas=(0.9, 0.999), eps=1e-20):
@@ -764,7 +764,7 @@ class LaProp(torch.optim.Optimizer):
             m, v, steps = ([self.state[p][name] for p in params] for name in ("m", "v", "step"))
             gradient = [torch.where(good > 0, p.grad, 0.0) for p in params]
             torch._foreach_add_(steps, [good] * len(steps))  # a scalar would be read by the host
-            k = steps[0].clamp(min=1)  # one for all, who learn in every update
+            k = steps[0].clamp(min=1)  # one for all: they all learn in every update
             new1, new2 = (good * (1 - b) for b in group["betas"])  # shares of what is new
             grown1, grown2 = (-torch.expm1(k * math.log(b)) for b in group["betas"])  # 1 - b^k
             torch._foreach_mul_(v, 1 - new2)
@@ -780,7 +780,7 @@ class LaProp(torch.optim.Optimizer):
 
 
 def make_optimizer(kind: str, groups: list[dict], eps: float) -> torch.optim.Optimizer:
-    """`groups` hold params and the learning rate they come to, `rate`."""
+    """`groups` hold params and `rate`, the learning rate that they rise to."""
     device = groups[0]["params"][0].device
     groups = [dict(group, lr=torch.zeros((), device=device)) for group in groups]
     if kind == "laprop":
@@ -795,17 +795,17 @@ def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor,
 
     It is taken if `good` and if loss and gradients are finite. Else nothing changes: the buffers of
     the module return to `buffers`, their values before the loss. The device decides, so that the
-    host need not wait for it. Learnt loss weights, a parameter group of their own, stand outside
+    host need not wait for it. Learnt loss weights, a parameter group of their own, are not part of
     the norm.
     """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     weights, *rest = (group["params"] for group in optimizer.param_groups)
     norm = nn.utils.clip_grad_norm_(weights, max_grad_norm)
-    norm = norm + 0 * sum(p.grad.sum() for params in rest for p in params)  # not finite if they are
+    norm = norm + 0 * sum(p.grad.sum() for params in rest for p in params)  # NaN unless all finite
     good = torch.isfinite(loss.detach() + norm) & good
     optimizer.found_inf = (~good).float()
-    if norm.device.type != "mps" or good:  # whose fused Adam overlooks found_inf
+    if norm.device.type != "mps" or good:  # fused Adam on MPS overlooks found_inf
         optimizer.step()
     for buffer, before in zip(module.buffers(), buffers):
         buffer.copy_(torch.where(good, buffer, before))
@@ -821,10 +821,10 @@ def image_layout(device: torch.device) -> torch.memory_format:
 
 
 class ToPixels(nn.ConvTranspose2d):
-    """Equal to its base, for kernels of two strides: one convolution of 2 x 2 makes all pixels of a
-    block, a stride a side, at once. For 3 channels that halves its time on a CPU in bfloat16.
+    """Equal to its base, for kernels of two strides: one 2 x 2 convolution makes all pixels of a
+    stride x stride block at once. For 3 channels that halves its time on a CPU in bfloat16.
 
-    Pixel s j + r of a row is x[j] weight[r] + x[j - 1] weight[s + r], and the bias. Source: Shi et
+    Pixel s j + r of a row is x[j] weight[r] + x[j - 1] weight[s + r] + bias. Source: Shi et
     al. (arXiv 1609.05158).
     """
 
@@ -839,15 +839,15 @@ class ToPixels(nn.ConvTranspose2d):
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype:
-    """What autocast multiplies in at present: bfloat16 or float32."""
+    """The type that autocast multiplies in at present: bfloat16 or float32."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
 def fast_precision(device: torch.device) -> str:
-    """bfloat16 where it is faster than float32. It changes bits, so it is kept with the run.
+    """bfloat16 where it is faster than float32. It changes results, so it is kept with the run.
 
-    A CPU that knows bfloat16 need not be: some multiply twice as fast in it, some half as fast.
+    A CPU that knows bfloat16 need not be faster in it: some are twice as fast, some half as fast.
     """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
@@ -867,7 +867,7 @@ def fast_precision(device: torch.device) -> str:
 def keep_freed_memory():
     """Have glibc reuse freed memory instead of returning it to the system.
 
-    A seventh of an update on a CPU went into having the same pages mapped and cleared anew.
+    A seventh of an update's time on a CPU went into mapping and clearing the same pages anew.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1

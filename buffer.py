@@ -11,14 +11,14 @@ world model, and how often it has started a dream. Windows are drawn without rep
     to dream from               p = softmax(min(0, trained - dreamed) / tau)
 
 so the model catches up on what is new, and no window starts many more dreams than it has trained;
-an agent that dreams on from the model's own batch needs the first alone.
+an agent that dreams on from the model's own batch needs only the first of these.
 tau is in draws: a window drawn tau times more than another is e times less likely to come next.
 `trained` and `dreamed` are compared in like units: a step draws more dreams than training windows,
-so `dreamed` counts in shares of that ratio.
+so `dreamed` is divided by that ratio.
 
-The second half, what keeps a run from being lost, may be skipped. A run's state is any containers
-of tensors and numbers there; of games and networks it knows what older saves called them and, at
-its end, known scores. Read next: agent.py, which learns from the batches.
+The second half, which keeps a run from being lost, may be skipped. A run's state is any containers
+of tensors and numbers there; all it knows of games and networks is what older saves called them
+and, at its end, known scores. Read next: agent.py, which learns from the batches.
 """
 
 import contextlib
@@ -81,21 +81,21 @@ def uniform(trained: np.ndarray, dreamed: np.ndarray | None, tau: float) -> np.n
     return np.zeros(len(trained))
 
 
-SAMPLERS = {"dfs": dfs, "uniform": uniform}  # one of yours: a function like these, and its name
+SAMPLERS = {"dfs": dfs, "uniform": uniform}  # to add one: a function like these, and its name
 
 
 def gumbel_top_k(score: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
     """k different indices, drawn one after the other from softmax(score).
 
-    Adding Gumbel noise to the scores and keeping the largest is exactly that, and takes one
-    pass: no normalisation, no loop. The noise is -ln of an exponential variable.
+    Adding Gumbel noise to the scores and keeping the largest does exactly that in one pass, with
+    no normalisation and no loop. The noise is -ln of an exponential variable.
     """
     exponential = rng.standard_exponential(len(score), dtype=np.float32)  # now and then exactly 0
     noise = -np.log(np.maximum(exponential, np.finfo(np.float32).tiny))
     return np.argpartition(-(score + noise), k - 1)[:k]
 
 
-MPS_LIMIT = 2**31  # bytes: rows beyond it, torch 2.13 gathers as zeros on MPS, without a word
+MPS_LIMIT = 2**31  # bytes: on MPS, torch 2.13 silently gathers rows beyond it as zeros
 
 
 class Replay:
@@ -118,8 +118,8 @@ class Replay:
 
     @staticmethod
     def place(capacity: int, device: torch.device, asked: torch.device | None) -> torch.device:
-        """Where to keep the frames of a run on `device`: as `asked`, or there too if it can be."""
-        need, have = Replay.bytes_needed(capacity), math.inf  # where the system does not tell
+        """Where to keep the frames of a run on `device`: as `asked`, else there too if possible."""
+        need, have = Replay.bytes_needed(capacity), math.inf  # if the system does not tell
         if device.type == "mps" and need > 0.9 * MPS_LIMIT:
             device = torch.device("cpu")
         where = asked or device
@@ -149,8 +149,8 @@ class Replay:
 
     def draw_starts(self, count: int, length: int, sampler, tau: float, rng: np.random.Generator,
                     dreams_per_window: float | None = None) -> np.ndarray:
-        """Draw and count `count` starts of windows of `length` steps: to train the model on or, if
-        it is said how many dreams are drawn for every training window, to dream from."""
+        """Draw and count `count` starts of windows of `length` steps: to train the model on or,
+        given how many dreams are drawn for each training window, to dream from."""
         trained, dreamed = (c[: self.length - length + 1] for c in (self.trained, self.dreamed))
         if dreams_per_window is None:
             starts, counter = gumbel_top_k(sampler(trained, None, tau), count, rng), trained
@@ -173,8 +173,8 @@ class Replay:
                 for name, column in self.columns.items()}
 
     def append_steps(self, arrays: dict[str, np.ndarray]):
-        """Put back what `steps` returned, after the steps held so far; a column that was not known
-        then is filled with zeros."""
+        """Put back what `steps` returned, after the steps held so far; a column that is missing
+        there is filled with zeros."""
         start, stop = self.length, self.length + len(arrays["action"])
         for name, column in self.columns.items():
             column[start:stop] = torch.from_numpy(arrays[name]) if name in arrays else 0
@@ -201,7 +201,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def in_one_sentence(what: str):
-    """Around code of others: its warnings are silent, its errors a Mistake, with their place."""
+    """Around others' code: silences warnings, turns errors into a Mistake with their place."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -219,9 +219,9 @@ def in_one_sentence(what: str):
 
 
 class StopSignal:
-    """Whether Ctrl-C, a kill or a closed window asked the loop to save and end; the second one
-    ends at once. A handler only sets a flag: it may come in the middle of anything, even a print.
-    What the parent of this process had ignored (nohup) stays ignored.
+    """Whether Ctrl-C, a kill or a closed window asked the loop to save and end; a second one ends
+    it at once. The handler only sets a flag: it may run in the middle of anything, even a print.
+    Signals that the parent of this process had ignored (nohup) stay ignored.
     """
 
     def __enter__(self):
@@ -244,11 +244,11 @@ class StopSignal:
 
 class Console:
     """A stream whose writing never fails: neither a closed terminal nor a full disk behind it may
-    end a run. From the first error on it goes nowhere."""
+    end a run. From the first error on, what is written is dropped."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # there is none if a parent closed it
-        if hasattr(self.stream, "reconfigure"):  # nor may a name that it cannot spell
+        if hasattr(self.stream, "reconfigure"):  # names that it cannot encode end no run either
             self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def __getattr__(self, name):
@@ -299,7 +299,7 @@ def reason(error: Exception) -> str:
 
 
 class Clock:
-    """The seconds of a run, and its recent pace, by clocks that nobody sets."""
+    """The seconds of a run, and its recent pace, by clocks that nobody can set."""
 
     def __init__(self, warm_up: int):
         """After `warm_up` steps the pace is forgotten: random play is faster than learning."""
@@ -329,7 +329,7 @@ def sync(handle: int):
 
 
 def sync_folder(path: Path):
-    """A file is only as safe as its name: return when the names in a folder are."""
+    """Return when the names in a folder are safe: a file is only as safe as its name."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -342,7 +342,7 @@ def sync_folder(path: Path):
 
 
 def rename(source: Path, target: Path):
-    """Put a file in the place of another, at once."""
+    """Put a file in the place of another, atomically."""
     for pause in (0.1, 0.3, 1.0, None):
         try:
             return os.replace(source, target)
@@ -373,7 +373,7 @@ def write_json(path: Path, content):
 
 
 def write_png(path: Path, frames: list[np.ndarray], per_second: int = 1):
-    """Frames (height, width, 3) uint8 -> a PNG, animated if they are several."""
+    """Frames (height, width, 3) uint8 -> a PNG, animated if there are several."""
     (height, width, _), parts, count = frames[0].shape, [], iter(range(2 * len(frames)))
 
     def chunk(kind: bytes, form: str, *numbers, data: bytes = b""):
@@ -403,16 +403,16 @@ CHUNK = 1024  # steps in a replay file
 BYTES_A_STEP = 1500  # on the disk: the worst of 26 games, and a picture at every save
 
 
-RENAMED = dict(  # settings, as flags and in saves, of older versions
+RENAMED = dict(  # names of settings in older versions, as flags and in saves
     warmup="learning_starts", balance="harmony", balance_rate="harmony_lr", model_rate="model_lr",
     agent_rate="agent_lr", model_clip="model_max_grad_norm", agent_clip="agent_max_grad_norm",
     floor="policy_unimix")
 
 
 def in_todays_words(settings: dict) -> dict:
-    """Settings that an older version wrote down, as this one has them."""
+    """Settings that an older version wrote down, as this one names them."""
     now = {RENAMED.get(name, name): value for name, value in settings.items()
-           if name != "graphs"}  # of which tools.graphs knows now
+           if name != "graphs"}  # tools.graphs does that now
     if isinstance(now.get("kernel"), int):
         now["kernel"] = [now["kernel"]]
     if "event_weights" in now:  # once a switch
@@ -433,13 +433,13 @@ def in_todays_form(manifest: dict, state: dict):
                                       for name in state["sums"]["names"]]
         for name in [name for name in model if name.startswith("balance.")]:
             model[name.replace("balance.", "harmony.")] = model.pop(name)
-    for name in ("model", "agent"):  # what learns once played, too
+    for name in ("model", "agent"):  # those that learn also played then
         learning.setdefault(f"playing_{name}", learning[name])
 
 
 @functools.cache
 def versions() -> dict:
-    """Of all that a result depends on; with the commit, if this is a checkout."""
+    """Versions of all that a result depends on; with the commit, if this is a checkout."""
     def git(*words):
         command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -486,10 +486,10 @@ class Folder:
     replay-000.npz     1,024 steps, written once; replay-001.npz the next ...
     state-000500.pt    at step 500, all that changes: what the run gives, counters, newest steps
     save-000500.json   the manifest: what the run says of itself, and the SHA-256 of every file it
-                       needs. A save is one when its manifest appears, and not before
+                       needs. Only once it appears is there a save
     settings.json, *.csv, pictures, evaluations     are for people
 
-    The save before is kept. Loading verifies everything before it uses anything.
+    The previous save is kept. Loading verifies everything before it uses anything.
     """
 
     def __init__(self, path: Path):
@@ -551,8 +551,8 @@ class Folder:
                 "from there." if self.manifests() else "Nothing is saved yet.")
 
     def check_room(self, steps: int, weights: int, new: bool):
-        """Refuse to begin what the disk may not hold to the end: `steps` more, and four numbers a
-        weight - two are the optimiser's, one an average - and the newest steps with each save."""
+        """Refuse to begin what the disk may not hold to the end: `steps` more steps and, in each
+        save, four numbers per weight (two the optimiser's, one an average) and the newest steps."""
         save = 16 * weights + Replay.bytes_needed(CHUNK)
         need = BYTES_A_STEP * steps + save * (3 if new else 1)
         there = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
@@ -564,7 +564,7 @@ class Folder:
         """Add a row to the table NAME.csv, whose columns are those of its first row."""
         text = self.tables.get(name) or ",".join(row) + "\n"
         header = text[: text.index("\n")].split(",")
-        if new := [column for column in row if column not in header]:  # of an older version
+        if new := [column for column in row if column not in header]:  # an older version's header
             lines, header = text.splitlines()[1:], header + new
             text = "\n".join([",".join(header), *(line + "," * len(new) for line in lines), ""])
             write_file(self.path / f"{name}.csv", text.encode())
@@ -580,10 +580,10 @@ class Folder:
             error.filename = str(path)  # a write that fails does not name it
             self.unwritten[name] = waiting + line
             if os.name == "posix" or not isinstance(error, PermissionError):
-                raise  # on Windows a spreadsheet may show it: with the next row, then
+                raise  # on Windows a spreadsheet may have it open: written with the next row
 
     def rewrite_tables(self):
-        """Rows newer than the save will come again."""
+        """Write tables as saved: rows newer than the save will come again."""
         for name, text in self.tables.items():
             write_file(self.path / f"{name}.csv", text.encode())
 
@@ -617,7 +617,7 @@ class Folder:
         half_written = self.numbered("state", ".pt.tmp") + self.numbered("save", ".json.tmp")
         for path in self.manifests() + self.numbered("state", ".pt") + half_written:
             if path.stem not in kept:
-                with contextlib.suppress(PermissionError):  # Windows, and somebody reads it: later
+                with contextlib.suppress(PermissionError):  # Windows, while it is read: later
                     path.unlink()
 
     def load(self, with_replay: bool = True) -> tuple[dict, dict, dict]:
@@ -680,7 +680,7 @@ class Folder:
 
 @contextlib.contextmanager
 def intact(path: Path, remedy: str):
-    """While a file is read: refuse it, by its name, if it is not as it was written."""
+    """Around the reading of a file: refuse it, by name, if it is not as it was written."""
     try:
         yield
     except (ValueError, KeyError, TypeError, csv.Error):
@@ -688,8 +688,8 @@ def intact(path: Path, remedy: str):
 
 
 def steps_of(state: dict, files: dict[str, bytes], count: int = sys.maxsize):
-    """Columns of the steps that a save holds, file by file, the oldest first; but for the oldest
-    files, if a `count` of steps is enough."""
+    """Columns of the steps that a save holds, file by file, the oldest first; without the oldest
+    files, if `count` steps are enough."""
     for name in sorted(files, key=lambda name: (len(name), name))[-(count // CHUNK + 1) :]:
         with np.load(io.BytesIO(files[name]), allow_pickle=False) as steps:
             yield dict(steps)
@@ -713,7 +713,7 @@ def no_run(path: Path) -> Mistake:
 
 
 def mean_and_error(scores) -> tuple[float, float | None]:
-    """Of some scores: their mean, and its standard error, which one alone does not have."""
+    """The mean of some scores, and its standard error, which a single score does not have."""
     error = float(np.std(scores) / (len(scores) - 1) ** 0.5) if len(scores) > 1 else None
     return float(np.mean(scores)), error
 
@@ -724,8 +724,8 @@ MOMENTS = 512  # steps that an exported agent brings along: 34 seconds of Atari
 
 
 def load_run(path: Path, with_replay: bool = True) -> tuple[dict, dict, dict]:
-    """Manifest, state and replay files of a run, or of an agent that `export` wrote: the networks
-    that play alone are in `learning`, and all its steps are `newest`."""
+    """Manifest, state and replay files of a run, or of an agent that `export` wrote: the latter
+    has in `learning` only the networks that play, and in `newest` all its steps."""
     if not path.is_file():
         return Folder(path).load(with_replay)
     with in_one_sentence(f"{path} is damaged, or no agent that --export wrote"):
@@ -744,7 +744,7 @@ def load_run(path: Path, with_replay: bool = True) -> tuple[dict, dict, dict]:
 
 
 def newest_steps(state: dict, files: dict[str, bytes], count: int) -> dict:
-    """Columns of the last `count` steps, or of all there are, that `load_run` found."""
+    """Columns of the last `count` steps that `load_run` found, or of all that there are."""
     parts = list(steps_of(state, files, count))
     replay = Replay(sum(len(part["action"]) for part in parts))
     for part in parts:
@@ -763,9 +763,9 @@ def newest_score(source: Path, about: dict, state: dict) -> dict | None:
 
 
 def export(source: Path, target: Path) -> str:
-    """Write what plays and dreams of a run as one file -> in words, what it holds.
+    """Write what plays and dreams in a run as one file -> what it holds, in words.
 
-    Matrices are kept in float16, which rounds them by a part in 2,000 at most, all else as it is.
+    Matrices are kept in float16, which rounds by one part in 2,000 at most; all else as it is.
     """
     about, state, files = load_run(source)
     if target.suffix != ".pt":

@@ -1,13 +1,13 @@
 """Drama: an agent that learns a game inside its own model of it, on a laptop.
 
-    python drama.py --game Breakout             learn; the same line again goes on where it stopped
+    python drama.py --game Breakout             learn; run it again to go on where it stopped
     python drama.py --eval runs/Breakout-s0     play full episodes and print the scores
     python drama.py --watch runs/Breakout-s0    film an episode
-    python drama.py --export runs/Breakout-s0 Breakout.pt    the agent as one file, for the last two
+    python drama.py --export runs/Breakout-s0 Breakout.pt    its agent in one file, for both above
 
 All that runs: settings, game, training loop, saving, evaluation, command line. Read it first, to
 the end of the training loop; then buffer.py, all that is remembered; agent.py, all that learns; and
-scan.py, the sequence layers. Steps are those of the agent; in Atari one is four frames of the game.
+scan.py, the sequence layers. Steps are the agent's; in Atari each is four frames of the game.
 """
 
 import argparse
@@ -28,12 +28,12 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-# Read by torch when it is imported. Threads that wait for each other spin for a moment only: left
-# to spin, they double or triple an update as soon as another program wants a core.
+# Read by torch when it is imported. Threads that wait for each other spin only for a moment: if
+# they spun on, an update would take two or three times as long once another program wants a core.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is being loaded just ends
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch loads just ends the program
 
 import ale_py
 import gymnasium
@@ -55,21 +55,21 @@ from buffer import random_play, reason, versions, write_json, write_png
 # ---------------------------------------------------------------- settings
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
-# Presets are what departs from `paper`, the defaults below
+# A preset lists what departs from `paper`, the defaults below
 OURS = dict(harmony=True, local=True, event_weight=30.0, dream_from="batch", replay_critic=0.3,
             policy_unimix=0.01, entropy=3e-3, player_decay=0.995, cooldown=0.2, temperature=0.5)
 PRESETS = {
     "paper": {},
     "best": OURS,
-    # Every fourth step the model takes four steps, of one window each, and the agent one, in dreams
-    # from all four (README, "Results"). Adam is one fused pass over the parameters, where LaProp is
-    # a dozen; dreams are as long as DreamerV3's; the critic is as wide as the actor.
+    # Every fourth step of play the model takes four training steps, of one window each, the agent
+    # one, in dreams from all four (README, "Results"). Adam is one fused pass over the parameters,
+    # LaProp a dozen; dreams are as long as DreamerV3's; the critic is as wide as the actor.
     "laptop": dict(
         OURS, d_model=256, channels=(32, 64, 64), strides=(4, 2, 2), kernel=(8, 4, 4), batch=4,
         length=64, batch_renorm=20_000, horizon=15, critic_hidden=256, tau=0.625, optimizer="adam",
         train_every=4, model_steps=4, dreams=128, warmup_updates=50, log_every=25,
         model_lr=8e-4, agent_lr=1e-4, eps=1e-8),
-    "debug": dict(  # seconds; learns no more than Dot
+    "debug": dict(  # takes seconds; learns nothing harder than Dot
         OURS, local=False, batch_renorm=8, steps=192, learning_starts=64, train_every=8, batch=4,
         length=16, channels=(4, 8, 8, 8), strides=(2, 2, 2, 2), groups=4, classes=4, d_model=32,
         head_dim=16, head_hidden=16, dreams=16, horizon=4, actor_hidden=16, critic_hidden=16,
@@ -79,7 +79,7 @@ PRESETS = {
 
 
 def setting(default, help: str, low=None, high=10**6, choices=()):
-    """A field with its help and its bounds; whole numbers are 1 or more, others 0 or more."""
+    """A field with help and bounds; by default whole numbers are 1 or more, others 0 or more."""
     low = (1 if isinstance(default, (int, tuple)) else 0) if low is None else low
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=[*choices]))
 
@@ -93,11 +93,11 @@ class Settings:
     """
 
     # The run
-    preset: str = setting("paper", "settings to start from; if left out, laptop without CUDA",
+    preset: str = setting("paper", "settings to start from; default without CUDA: laptop",
                           choices=PRESETS)
     game: str = setting("Breakout", "an Atari game, Dot, a Gymnasium id, or FILE.py:CLASS")
     game_args: str = setting("", "arguments of a Gymnasium game, such as continuous=False,size=8")
-    action_repeat: int = setting(1, "steps of a Gymnasium game an action is held for; Atari: 4")
+    action_repeat: int = setting(1, "steps for which a Gymnasium game holds an action; Atari: 4")
     seed: int = setting(0, "seed of the game, of the first actions and of all else", 0, 10**18)
     steps: int = setting(100_000, "length of the run, agent steps (Atari 100k)", high=10**12)
     device: str = setting("auto", "where to learn", choices=DEVICES)
@@ -114,11 +114,11 @@ class Settings:
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
     sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)", choices=SAMPLERS)
-    tau: float = setting(10.0, "temperature of dfs, draws (code): 10 at 16 draws a step", low=0.01)
+    tau: float = setting(10.0, "temperature of dfs, in draws (code): 10 for 16 a step", low=0.01)
     batch: int = setting(16, "windows of a world-model update (paper)")
     length: int = setting(128, "steps of such a window, and of a transformer's cache (paper)",
                           low=2)
-    model_steps: int = setting(1, "steps of the model an update, each on its share of a batch")
+    model_steps: int = setting(1, "steps of the model per update, each on its share of a batch")
     # World model
     channels: tuple = setting((16, 32, 48, 64, 64), "filters of the encoder's convolutions (code)")
     strides: tuple = setting((1, 2, 2, 2, 2), "their strides, pixels (code)")
@@ -128,22 +128,22 @@ class Settings:
     backbone: str = setting("mamba2", "sequence layers (paper)", choices=BACKBONES)
     layers: int = setting(2, "sequence layers (paper)")
     d_model: int = setting(512, "width of the sequence model (paper)")
-    d_state: int = setting(16, "its state, numbers a channel (paper)")
+    d_state: int = setting(16, "its state, numbers per channel (paper)")
     head_dim: int = setting(64, "channels of a head (code; paper: 128)")
     dropout: float = setting(0.1, "dropout of the sequence model, a share (paper)", high=0.99)
     head_hidden: int = setting(256, "hidden width of the reward and termination heads (code)")
     unimix: float = setting(0.01, "uniform share of every latent (paper)", low=1e-6, high=1)
-    free_nats: float = setting(1.0, "KL of a step that costs nothing, nats (paper, eq. 7)")
+    free_nats: float = setting(1.0, "nats of a step's KL that cost nothing (paper, eq. 7)")
     representation_scale: float = setting(0.1, "weight of L_rep (paper, eq. 6)")
     harmony: bool = setting(False, "learn the weights of the model's losses (H)")
     event_weight: float = setting(1.0, "image weight of what moves, if few pixels do (ours)", low=1)
     local: bool = setting(False, "give every cell of the encoder its own latents (ours)")
-    batch_renorm: int = setting(0, "batches by whose own statistics images are normalised; then by "
-                                "averages, as in play (ours); 0: always", 0)
+    batch_renorm: int = setting(0, "batches that normalise images by their own statistics; later "
+                                "ones by averages, as in play (ours); 0: all by their own", 0)
     # Dreams
-    dream_from: str = setting("contexts", "where dreams begin: after windows of their own (paper), "
-                              "in the model's batch (ours)", choices=("contexts", "batch"))
-    dreams: int = setting(1024, "dreams an update (paper)")
+    dream_from: str = setting("contexts", "where dreams begin: after windows drawn for them "
+                              "(paper), in the model's batch (ours)", choices=("contexts", "batch"))
+    dreams: int = setting(1024, "dreams per update (paper)")
     context: int = setting(8, "frames of a context, for --dream-from contexts (paper)", low=2)
     horizon: int = setting(16, "steps of a dream (paper)", high=1000)
     # Actor and critic
@@ -154,13 +154,13 @@ class Settings:
     lambda_: float = setting(0.95, "lambda of the return (paper)", high=1)
     entropy: float = setting(3e-4, "weight of the entropy, per nat (paper)")
     policy_unimix: float = setting(0.0, "uniform share of the policy, everywhere (V3)", high=1)
-    slow_decay: float = setting(0.98, "decay of the critic's slow copy, an update (paper)", high=1)
-    range_decay: float = setting(0.99, "decay of the return range, an update (paper)", high=1)
+    slow_decay: float = setting(0.98, "decay of the critic's slow copy per update (paper)", high=1)
+    range_decay: float = setting(0.99, "decay of the return range per update (paper)", high=1)
     replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch (V3)")
-    player_decay: float = setting(0.0, "decay of the weights' averages, which play and dream, an "
-                                  "update (ours)", high=0.9999)
+    player_decay: float = setting(0.0, "decay per update of the averaged weights, which play and "
+                                  "dream (ours)", high=0.9999)
     # Optimisers
-    optimizer: str = setting("laprop", "optimiser of both (paper)", choices=("laprop", "adam"))
+    optimizer: str = setting("laprop", "of model and agent (paper)", choices=("laprop", "adam"))
     model_lr: float = setting(4e-5, "learning rate of the world model (code)")
     agent_lr: float = setting(4e-5, "learning rate of actor and critic (code)")
     harmony_lr: float = setting(1e-4, "learning rate of the loss weights: about 10 / updates (H)")
@@ -183,9 +183,9 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
     picture()       what the first copy shows in full size, for a `film` ("file" or "window")
     source          in words, what its frames are made of
 
-    Frames are (copies, 64, 64, 3) uint8, the caller's to keep; the rest is (copies,). `terminal`: a
-    life is lost, no value flows back over it; `done`: the episode is over, `reset` comes next; done
-    alone: the time was up. The same seed and actions bring the same frames: so a run is resumed."""
+    Frames are (copies, 64, 64, 3) uint8, and the caller may keep them; the rest is (copies,).
+    `terminal`: a life is lost, no value flows back over it; `done`: the episode is over, `reset`
+    follows; `done` alone: time is up. Same seed and actions, same frames: resuming relies on it."""
     if s.game in AtariGame.names():
         if s.game_args or s.action_repeat > 1:
             raise Mistake("--game-args and --action-repeat are for Gymnasium games, not Atari.")
@@ -196,10 +196,10 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
 
 class AtariGame:
     """Atari, preprocessed by ale-py. A frame pools the last two of the four that an action is held
-    for (D12; one that comes with game over is old), in 64 x 64. Up to 29 no-ops open an episode, or
-    it would be one fixed film. No sticky actions, no clipped rewards. A lost life is terminal, for
-    learning, but ends no episode. Lives that rise by 2 or more after the first step do: Frostbite's
-    player froze on the last life, and the console plays its demo from there."""
+    for (D12; at game over it is an old one), in 64 x 64. Up to 29 no-ops open an episode;
+    else it would be one fixed film. No sticky actions, no clipped rewards. A lost life is terminal,
+    for learning, but ends no episode. A rise by 2 lives or more after the first step does: when
+    Frostbite's player freezes on the last life, the console plays its demo from there."""
 
     @classmethod
     @functools.cache
@@ -224,7 +224,7 @@ class AtariGame:
             continuous=False, autoreset_mode="NextStep", max_num_frames_per_episode=108_000)
         self.actions, self.screen = int(self.env.single_action_space.n), None
         self.source = "the console's screen, 210 x 160"
-        if film:  # a second emulator: the same no-ops and actions make it the same game
+        if film:  # a second emulator, kept in step by the same no-ops and actions
             self.screen = ale_py.ALEInterface()
             self.screen.setBool("display_screen", film == "window")
             self.screen.setFloat("repeat_action_probability", 0.0)
@@ -244,7 +244,7 @@ class AtariGame:
             raise ValueError(f"actions are 0 to {self.actions - 1}, not {actions}")
         frames, reward, terminated, truncated, info = self.env.step(actions)
         over = terminated | (self.played & (info["lives"] > self.lives + 1))
-        terminal = over | (info["lives"] < self.lives)  # every step (D13)
+        terminal = over | (info["lives"] < self.lives)  # compared at every step (D13)
         self.lives, self.played = info["lives"], True
         if self.screen:
             self.hold(self.screen.getMinimalActionSet()[actions[0]], 4)
@@ -268,7 +268,7 @@ def reseed(seed: int, step: int, purpose: str) -> np.random.Generator:
     """Seed torch for one purpose at one step -> numpy's generator for the same.
 
     Nothing else is random. So there is no generator to save, a resumed run draws what it would
-    have drawn, and evaluating in between disturbs nothing (D11). PURPOSES may only grow.
+    have drawn, and evaluating in between disturbs nothing (D11). PURPOSES may only grow at its end.
     """
     rng = np.random.default_rng((seed, step, PURPOSES.index(purpose)))
     torch.manual_seed(int(rng.integers(2**62)))
@@ -276,7 +276,7 @@ def reseed(seed: int, step: int, purpose: str) -> np.random.Generator:
 
 
 def episode_seeds(seed: int, episode: int, purpose: str, copies: int = 1) -> np.ndarray:
-    """Seeds for the game, one a copy; never negative, which the emulator would take for none."""
+    """Seeds for the game, one per copy; never negative: the emulator would take that for none."""
     rng = np.random.default_rng((seed, episode, PURPOSES.index(purpose)))
     return rng.integers(2**31, size=copies)
 
@@ -335,12 +335,12 @@ class Run:
         self.frame = self.game.reset(episode_seeds(self.settings.seed, number, "reset"))  # seen now
 
     def autocast(self):
-        """Large products in bfloat16 where settled so; scans and losses stay in float32."""
+        """Large products in bfloat16 if the settings say so; scans and losses stay in float32."""
         wanted = self.settings.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
     def draw_windows(self, count: int, length: int, rng, dreams_per_window=None) -> Batch:
-        """Windows of the replay to train the world model on or, with a ratio, to dream from."""
+        """Replay windows to train the world model on or, given dreams_per_window, to dream from."""
         sampler, tau = SAMPLERS[self.settings.sampling], self.settings.tau
         starts = self.replay.draw_starts(count, length, sampler, tau, rng, dreams_per_window)
         return self.replay.windows(starts, length, self.device)
@@ -367,8 +367,8 @@ def update_world_model(run: Run, batch: Batch):
 
 
 def update_agent(run: Run, batch: Batch, good: Tensor):
-    """One update of actor and critic, if the model's was `good`, in dreams from its batch, or after
-    the contexts of another -> metrics, was it taken. It dreams in the model that plays."""
+    """One update of actor and critic, if the model's was `good`, in dreams from its batch or after
+    the contexts of another -> metrics, whether it was taken. It dreams in the model that plays."""
     s, model, agent, trajectory = run.settings, run.playing_model, run.agent, None
     buffers = [buffer.clone() for buffer in agent.buffers()]
     with run.autocast():
@@ -384,7 +384,7 @@ def update_agent(run: Run, batch: Batch, good: Tensor):
 
 
 def set_rates(run: Run):
-    """Learning rates rise from 0 to their own over the first updates, and fall at the run's end."""
+    """Learning rates rise from 0 to full over the first updates, and fall at the run's end."""
     s, left = run.settings, 1 - run.step / run.settings.steps  # a share of the run
     share = min(1, (run.updates + 1) / s.warmup_updates, left / s.cooldown if s.cooldown else 1)
     for group in run.model_optimizer.param_groups + run.agent_optimizer.param_groups:
@@ -451,7 +451,7 @@ def train(run: Run, folder: Folder, stop: StopSignal):
 
 
 def average_weights(run: Run, name: str):
-    """What plays follows what learns: over a tenth of all updates or, if less, by its decay."""
+    """What plays is what learns, averaged over a tenth of all updates or, if less, by its decay."""
     share = max(1 - run.settings.player_decay, 10 / (10 + run.updates))
     follow(getattr(run, f"playing_{name}"), getattr(run, name), share)
 
@@ -473,7 +473,7 @@ def count_update(run: Run, folder: Folder, metrics: dict, good: bool):
 
 
 def show_progress(**options) -> tqdm:
-    """A progress bar; rarely a line where nobody is watching."""
+    """A progress bar; where nobody is watching, a line now and then."""
     interval = 0.5 if sys.stderr.isatty() else 60
     return tqdm(unit="step", dynamic_ncols=True, mininterval=interval, **options)
 
@@ -514,7 +514,7 @@ PICTURE_STEPS = 16
 
 
 def state_of(run: Run) -> dict:
-    """All that a save holds beside the replay: not the weights alone (D16)."""
+    """All that a save holds besides the replay: more than the weights (D16)."""
     return dict({name: getattr(run, name) for name in COUNTED}, frame=torch.from_numpy(run.frame),
                 learning={name: getattr(run, name).state_dict() for name in LEARNING},
                 player=run.player and run.player.state_dict())
@@ -540,7 +540,7 @@ def restore(run: Run, state: dict):
         run.sums["values"] = run.sums["values"].to(run.device)
     for name in LEARNING:
         ours, saved = getattr(run, name), state["learning"][name]
-        if "param_groups" in saved:  # moments are the file's, rates and the like the settings'
+        if "param_groups" in saved:  # moments come from the file, rates etc. from the settings
             saved["param_groups"] = [group | dict(params=theirs["params"]) for group, theirs in
                                      zip(ours.param_groups, saved["param_groups"])]
         ours.load_state_dict(saved)
@@ -571,8 +571,8 @@ def settings_of(manifest: dict) -> Settings:
 
 def load_player(path, device: str = "cpu", games: int | None = 1, act_on: str = "posterior",
                 **changes):
-    """Settings, with `changes`, player - of so many games, or one for each episode of an evaluation
-    - and saved state, with the settings as its `own`, of a run's folder or an exported agent."""
+    """Load a run's folder or an exported agent -> settings, with `changes`; player of so many games
+    (None: one per episode of an evaluation); saved state, with the unchanged settings as `own`."""
     manifest, state, _ = load_run(Path(path), with_replay=False)
     device, learnt = pick_device(str(device))[0], state["learning"]
     with in_one_sentence(f"{path} does not fit this version"):
@@ -597,7 +597,7 @@ def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "poster
 
 
 def evaluate(s: Settings, player: Player) -> list[dict]:
-    """Full episodes, played side by side, one each, with sampled actions: seed, score and length.
+    """Full episodes, one per copy, side by side, with sampled actions: seed, score and length.
 
     Every episode that began counts: the first to finish are not the typical ones (D9). The game
     is set up as in training (D14). Ctrl-C ends it early, with the episodes that are over by then.
@@ -626,7 +626,7 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
     held = len(kept_evaluation(path)[1]) if path.exists() else 0
     episodes, last, known = evaluate(s, player), state["scores"][-5:], known_scores().get(s.game)
     scores = [episode["score"] for episode in episodes]
-    keep = len(scores) >= max(held, s.eval_episodes)  # not one ended early, nor less than there is
+    keep = len(scores) >= max(held, s.eval_episodes)  # all episodes, and no fewer than the file has
     digits = 1 if max(map(abs, scores + last), default=0) >= 100 else 3
     table = {"game": s.game, "steps trained": f"{state['step']:,}",
              "actor sees": f"{player.act_on} latent",
@@ -657,7 +657,7 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
                 game=s.game, preset=s.preset, seed=s.seed, step=state["step"], steps=s.steps,
                 scores=scores, **lists, act_on=player.act_on, temperature=player.temperature,
                 last_training_scores=last, versions=versions()))
-    finally:  # it may have taken an hour
+    finally:  # show it in any case: it may have taken an hour
         print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
     if not keep:
         print(f"  not kept{f': {path} holds {held} episodes' if held else ''}")
@@ -668,7 +668,7 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
 
 def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     """Film an episode in full size; in Atari, where there is a display, also show it in a window,
-    as fast as a human would play: 15 steps a second, as the console drew 60 frames."""
+    as fast as a human would play: 15 steps a second, since the console drew 60 frames."""
     display = s.game in AtariGame.names() and (
         sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & {*os.environ})
     game, film, score, shown = make_game(s, film="window" if display else "file"), [], 0.0, 0.0
@@ -696,7 +696,7 @@ run_once = functools.cache(runpy.run_path)
 
 
 def make_gymnasium(name: str, arguments: str = "") -> gymnasium.Env:
-    """Of `CarRacing-v3`, `module:Id-v0` or `my_game.py:MyGame`, with `continuous=False,map=E1`."""
+    """Make `CarRacing-v3`, `module:Id-v0` or `my_game.py:MyGame` with `continuous=False,map=E1`."""
     try:
         call = ast.parse(f"dict({arguments})", mode="eval").body
         options = {word.arg: getattr(word.value, "id", None) or ast.literal_eval(word.value)
@@ -720,7 +720,7 @@ def make_gymnasium(name: str, arguments: str = "") -> gymnasium.Env:
 
 
 def rgb(picture) -> np.ndarray:
-    """A picture as games give it -> (H, W, 3) uint8, a copy: many draw into one buffer."""
+    """A picture as games give it -> (H, W, 3) uint8, a copy: many games reuse one buffer."""
     picture = np.atleast_3d(picture)
     if picture.dtype.kind in "bf" and 0 <= picture.min() <= picture.max() <= 1:
         picture = np.rint(picture * 255.0).astype(np.uint8)
@@ -734,8 +734,8 @@ class GymnasiumGame:
     """Copies of a Gymnasium game; `make()` returns a new environment of it.
 
     A frame is the observation, or its only entry, that is a picture (uint8, 32 pixels or more a
-    side: less may be codes), or else what the game renders, reduced to 64 x 64 by area. A time
-    limit is no terminal, even where a game sets both flags; without one an episode ends as Atari's.
+    side: smaller ones may be codes), or else what the game renders, reduced to 64 x 64 by area. A
+    time limit is not terminal, even if a game sets both flags; without one, Atari's limit holds.
     """
 
     LIMIT = 27_000  # steps of an episode
@@ -974,7 +974,7 @@ def refuse(flags: dict, because: str):
 
 
 def without_effect(s: Settings, flags: dict) -> Settings:
-    """Settings that mean nothing beside others at their plain values; a flag for one is refused."""
+    """Put settings that mean nothing beside others at their defaults; a flag for one is refused."""
     for name, (by, *values) in HAS_NO_EFFECT.items():
         if (now := getattr(s, by)) in values:
             if flags.get(name, plain := getattr(Settings, name)) != plain:
@@ -999,7 +999,7 @@ def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
     s = settings_of(manifest)
     if "game" in flags:
         flags["game"] = game_title(flags["game"])
-    if flags.get("precision") == "auto":  # what that came to was settled when the run began
+    if flags.get("precision") == "auto":  # what auto means was settled when the run began
         del flags["precision"]
     for name, value in flags.items():
         if name not in MAY_CHANGE and value != getattr(s, name):
@@ -1043,7 +1043,7 @@ def train_command(flags: dict):
     with contextlib.closing(folder):
         resuming = bool(folder.manifests())
         if resuming:
-            folder.open_for_writing()  # first: who holds the lock may be saving
+            folder.open_for_writing()  # first: whoever holds the lock may be saving
             manifest, state, files = folder.load()
             s = resumed_settings(flags, manifest, folder.path)
             device, why = pick_device(s.device)
@@ -1092,9 +1092,9 @@ def play_command(flags: dict, kind: str):
 
 
 def open_player(path: Path, flags: dict, command: str, games: int | None, act_on="posterior"):
-    """For a command that takes most from a run: settings, a player of so many games or one for each
-    episode of an evaluation, saved state, and the folder of its results: the run's or, beside an
-    exported agent, one of its name."""
+    """For commands that take most settings from a run: these, a player of so many games (None: one
+    for each episode of an evaluation), the saved state, and the folder for its results: the run's
+    or, beside an exported agent, one named after it."""
     out = Path(flags.pop("out", path.with_suffix("") if path.is_file() else path))
     allowed = ["device", "threads", "temperature"] + ["eval_episodes"] * (games is None)
     refuse({name: value for name, value in flags.items() if name not in allowed},

@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 HUGE = 1e30  # finite, yet a decay over a step of this length, by any rate above 1e-27, is exactly 0
-LOG2_E = math.log2(math.e)  # exp2(LOG2_E a) is exp(a), with torch 2.13 on x86 2.6 times as fast
-finite = functools.partial(torch.nan_to_num, nan=0.0, posinf=0.0, neginf=0.0)  # else 0
+LOG2_E = math.log2(math.e)  # exp2(LOG2_E a) is exp(a), and 2.6 times as fast with torch 2.13 on x86
+finite = functools.partial(torch.nan_to_num, nan=0.0, posinf=0.0, neginf=0.0)  # others become 0
 
 
 def without_autocast(function):
-    """A scan computes in the precision of its inputs, also inside an autocast region."""
+    """A scan computes in the precision of its inputs, even inside an autocast region."""
     @functools.wraps(function)
     def wrapped(*arguments):
         device = next(a.device for a in arguments if isinstance(a, Tensor))
@@ -47,7 +47,7 @@ def without_autocast(function):
 
 
 def differentiated_by_hand(cls):
-    """What every autograd.Function here is besides its forward and backward."""
+    """What every autograd.Function here needs besides its forward and backward."""
     cls.forward = staticmethod(without_autocast(cls.forward))
     cls.backward = staticmethod(once_differentiable(without_autocast(cls.backward)))
     return cls
@@ -80,11 +80,11 @@ def step_by_step(step, x, dt, A, B, C, D, state=None, reset=None):
 
 
 def in_parallel(scan, x, dt, B, C, *rest, state, reset, every):
-    """What S6 and SSD have in common: nothing passes a reset, not even what is no number.
+    """What S6 and SSD have in common: nothing passes a reset, not even NaN or infinity.
 
-    They multiply what lies behind a reset by 0, which does not rid them of a NaN. So a step that is
-    not finite in all it has, or is beyond 1e19 and might overflow on the way, is `lost` with all
-    that has seen it, up to the next reset: the scans take it out and make NaN of what it leads to.
+    They multiply what lies before a reset by 0, which does not rid them of a NaN. So a step with a
+    part that is not finite, or is beyond 1e19 and might overflow on the way, is `lost`, and so is
+    all that has seen it, up to the next reset: the scans take it out and return NaN in its place.
     """
     check_sizes(x, every)
     state = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(x.dtype)
@@ -127,16 +127,16 @@ s6_sequential = functools.partial(step_by_step, s6_step)
 
 
 def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
-    """The same in parallel: a loop over the steps of one block takes all blocks along at once.
+    """The same in parallel: a loop over the steps of a block handles all blocks at once.
 
-    x, dt (B, L, W); A (W, N); B, C (B, L, N); D (W); state (B, W, N) -> y (B, L, W), state; or,
-    (B, L / every, W, N), the state after each piece of `every` steps.
+    x, dt (B, L, W); A (W, N); B, C (B, L, N); D (W); state (B, W, N) -> y (B, L, W), state or, if
+    `every` is given, the state after each piece of so many steps (B, L / every, W, N).
 
     1. Every block from a zero state, for its last state alone.   (left out if there is one block)
-    2. A loop over the blocks chains these to the state in which each block really starts.
-    3. Every block again, now from there, with its outputs; every eighth state is kept.
-    The backward pass does the same from the end. It computes eight states at a time once more,
-    from the kept one before them, so that no tensor of shape (B, L, W, N) ever exists.
+    2. A loop over the blocks chains these into the state in which each block really starts.
+    3. Every block again, now from that state, with its outputs; every eighth state is kept.
+    The backward pass does the same from the end. It recomputes eight states at a time, from the
+    kept one before them, so that no tensor of shape (B, L, W, N) ever exists.
     """
     x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
     return in_parallel(S6, x, dt, B, C, A, D, state=state, reset=reset, every=every)
@@ -144,8 +144,8 @@ def s6(x, dt, A, B, C, D, state=None, reset=None, every=None):
 
 def s6_plan(length, device, every=None):
     """How the work is divided: (K blocks, Q steps of each, steps from one kept state to the next).
-    This and ssd_plan alone know what a device likes. Launches cost on a GPU: the loops over Q steps
-    and over K blocks are kept about equally long."""
+    Only this and ssd_plan know what suits a device. On a GPU launches are the cost: the loops over
+    Q steps and over K blocks are kept about equally long."""
     longest = 128 if device.type == "cpu" else min(128, max(16, 2 ** round(math.log2(length) / 2)))
     K = -(-length // (every or longest))
     return K, -(-length // K), 8
@@ -162,7 +162,7 @@ class S6(torch.autograd.Function):
 
     h_t = a_t h_{t-1} + dt_t x_t B_t^T and y_t = h_t C_t + D x_t, a_t = exp(dt_t A); so, backwards,
 
-        gh_t = gy_t C_t^T + g             of the state; g = a_{t+1} gh_{t+1}, from the step behind
+        gh_t = gy_t C_t^T + g             of the state; g = a_{t+1} gh_{t+1}, from the step after
         gfade_t = a_t gh_t h_{t-1}        of the exponent dt_t A
         gwrite_t = gh_t B_t               of dt_t x_t
         gx_t = dt_t gwrite_t + D gy_t     gdt_t = x_t gwrite_t + sum_n A gfade_t
@@ -227,7 +227,7 @@ class S6(torch.autograd.Function):
         x, dt, A, B, C, D, reset, kept = ctx.saved_tensors
         (batch, length, W), (K, Q, keep) = x.shape, ctx.plan
         dt_k, fade, write, A_t, B_k, C_k = S6.blocks(ctx, x, dt, A, B, C, reset)
-        lost = 0 * (gy.sum() + gstates.sum())  # NaN if a gradient is no number: gD shows it
+        lost = 0 * (gy.sum() + gstates.sum())  # NaN if a gradient is not finite: gD shows it
         gy, gstates = finite(gy), finite(gstates).transpose(2, 3)
         gy_k, gwrite, gdt = in_blocks(gy, K, Q), torch.empty_like(write), torch.empty_like(write)
         fade_t, gy_t, write_t, dt_t, gdt_t, B_t, C_t = S6.steps((fade, gy_k, write, dt_k, gdt),
@@ -293,9 +293,9 @@ def ssd(x, dt, A, B, C, D, state=None, reset=None, every=None):
 
     x (B, L, H, P); dt (B, L, H); A, D (H); B, C (B, L, N); state (B, H, P, N); `every` as in s6.
 
-    Its Q inputs and the state before it, which acts like N more, times one (Q + N, Q) matrix are
-    the outputs. Between blocks only states pass. The backward pass is the same with every matrix
-    transposed; kept for it are inputs and first states, not the matrices.
+    A block's Q inputs and the state before it, which acts like N more, times one (Q + N, Q) matrix
+    give its outputs. Only states pass between blocks. The backward pass is the same with every
+    matrix transposed; it keeps inputs and first states, not the matrices.
     """
     x, dt, A, B, C, D = at_least_float32(x, dt, A, B, C, D)
     own, B, C = D + dt * (B * C).sum(-1, keepdim=True), B[:, :, None], C[:, :, None]
@@ -303,7 +303,7 @@ def ssd(x, dt, A, B, C, D, state=None, reset=None, every=None):
 
 
 def ssd_plan(length, device, every=None):
-    """K blocks, Q steps of each, blocks of a piece: matrices cost Q, states 1 / Q, the loop K."""
+    """K blocks, Q steps of each, blocks per piece. Costs: matrices Q, states 1 / Q, the loop K."""
     if every:
         Q = max(Q for Q in range(1, min(every, 128) + 1) if every % Q == 0)
         return length // Q, Q, every // Q
@@ -313,7 +313,7 @@ def ssd_plan(length, device, every=None):
 
 @functools.cache
 def ssd_spans(Q, device, dtype):
-    """Which rates a decay of `ssd_decays` spans, (Q, (1 + Q) Q) of 0 and 1, and what it has beside
+    """Which rates each decay of `ssd_decays` spans, (Q, (1 + Q) Q) of 0 and 1, and what is added to
     them: -HUGE where step j comes before step i, for a decay of 0."""
     step, row = torch.arange(Q, device=device), torch.arange(1 + Q, device=device)[:, None]
     spans = (step[:, None, None] >= row) & (step[:, None, None] <= step)  # (Q, 1 + Q, Q)
@@ -323,11 +323,11 @@ def ssd_spans(Q, device, dtype):
 
 def ssd_decays(rate, reset):
     """How much is left at the end of step j (columns) of the state before the block (row 0) and of
-    what step i wrote (row 1 + i). rate (K, B, H, Q), reset (K, B, 1, Q) -> (K, B, H, 1 + Q, Q),
-    views
+    what step i wrote (row 1 + i). rate (K, B, H, Q), reset (K, B, 1, Q) -> (K, B, H, 1 + Q, Q), and
+    of these enter, leave (K, B, H, Q) and through (K, B, H, 1, 1)
 
-    Exponents are summed, for a product of numbers near 1 rounds at each of them; and each sum is
-    its own. From differences of running sums one rate of -1e4 would take all digits below 1e-3.
+    Exponents are summed, since a product of numbers near 1 rounds at each of them; each sum is its
+    own, since in differences of running sums one rate of -1e4 would take all digits below 1e-3.
     """
     rate, Q = (LOG2_E * rate).masked_fill_(reset, -HUGE), rate.shape[-1]  # (K, B, H, Q)
     spans, beside = ssd_spans(Q, rate.device, rate.dtype)
@@ -338,8 +338,8 @@ def ssd_decays(rate, reset):
 
 @differentiated_by_hand
 class SSD(torch.autograd.Function):
-    """With a rate for each step, B and C (B, L, G, N) for each head or, G = 1, for all, and what a
-    step reads of itself, own (B, L, H):
+    """The scan with a rate for each step, B and C (B, L, G, N) for each head or, if G = 1, for all,
+    and own (B, L, H), what a step reads of itself:
 
         h_t = exp(rate_t) h_{t-1} + dt_t x_t B_t^T    y_t = exp(rate_t) h_{t-1} C_t + own_t x_t
 
@@ -351,14 +351,14 @@ class SSD(torch.autograd.Function):
         y_j = sum_i weights_ij x_i + first read_j                         read_j = enter_j C_j
         last = through first + sum_i x_i write_i^T                        write_i = leave_i dt_i B_i
 
-    Backwards each product is transposed (gadded is what y hands to gfirst), and of its factors
+    Backwards each product is transposed (gadded is what y hands gfirst). Gradients of its factors:
 
         gweights_ij = x_i . gy_j      gread_j = gy_j first                gwrite_i = x_i glast
         gscores_ij = sum_h between_ij dt_i gweights_ij                    gown_i = gweights_ii
 
-    The gradient of a decay's exponent is the decay times its own: between_ij scores_ij gweights_ij
+    An exponent's gradient is its decay times the decay's gradient: between_ij scores_ij gweights_ij
     and leave_i B_i . gwrite_i, both times dt_i; enter_j C_j . gread_j; through first . glast. All
-    from i, without dt_i, add up to gdt_i; all over step k, from i < k to j >= k, to grate_k.
+    from i, without dt_i, add up to gdt_i; all that span step k, from i < k to j >= k, to grate_k.
     """
 
     @staticmethod
@@ -409,7 +409,7 @@ class SSD(torch.autograd.Function):
         dt, B, C, rate, own, reset, inputs = ctx.saved_tensors
         (K, batch, H, Q), N, P = dt.shape, B.shape[-1], inputs.shape[-1]
         inputs, piece, blocks = inputs[:K], ctx.piece, ctx.blocks
-        lost = 0 * gy.sum((2, 3))  # (B, L), NaN where a gradient is no number: gown shows it
+        lost = 0 * gy.sum((2, 3))  # (B, L), NaN where a gradient is not finite: gown shows it
         lost[:, piece - 1::piece] += 0 * gstates.sum((2, 3, 4))
         gstates = finite(gstates)
         decays, enter, leave, through = ssd_decays(rate, reset)
@@ -500,14 +500,14 @@ class GatedNorm(torch.autograd.Function):
 
 @differentiated_by_hand
 class Taps(torch.autograd.Function):
-    """bias + sum_i weight_i seen_{t + i} at steps t; for each i but the last, now, `visible` is 1
+    """bias + sum_i weight_i seen_{t + i} at steps t; for each i but the last (now), `visible` is 1
     where it counts, else 0 (B, L, 1). seen (B, d_conv - 1 + L, channels), weight (d_conv, channels)
     """
 
     def forward(ctx, seen, weight, bias, *visible):
         length = seen.shape[1] - len(weight) + 1
         y = torch.addcmul(bias, seen[:, -length:], weight[-1])
-        seen = finite(seen) if visible else seen  # or a NaN would show behind a reset
+        seen = finite(seen) if visible else seen  # or a NaN would show past a reset
         for tap in range(len(weight) - 1):
             part = seen[:, tap:tap + length]
             y.addcmul_(part * visible[tap] if visible else part, weight[tap])
@@ -527,7 +527,7 @@ class Taps(torch.autograd.Function):
 def causal_conv(x, conv1d, past, reset=None, every=None):
     """Depthwise convolution and SiLU. x (B, L, channels), past (B, channels, d_conv - 1).
 
-    Written as d_conv shifted products: a tap that reaches behind a reset is then easily left out.
+    Written as d_conv shifted products: so a tap that reaches back past a reset is easily left out.
     """
     check_sizes(x, every)
     length, reach = x.shape[1], past.shape[2]
@@ -545,7 +545,7 @@ def causal_conv(x, conv1d, past, reset=None, every=None):
 
 
 def causal_conv_step(x_t, conv1d, past, reset=None, every=None):
-    """One step of it. x_t (B, channels)"""
+    """One step of causal_conv. x_t (B, channels)"""
     past = past.transpose(1, 2)  # as it lies in memory
     if reset is not None:
         past = torch.where(reset[:, None, None], 0, past)
@@ -563,8 +563,8 @@ def whole_sequence(layer, u, state=None, reset=None, every=None):
 
 
 def one_step(layer, u_t, state, reset=None):
-    """u_t (B, d_model), reset (B) -> y_t (B, d_model), state: with its functions for one step, or,
-    if it has none, the forward of a layer."""
+    """u_t (B, d_model), reset (B) -> y_t (B, d_model), state: by the layer's functions for one step
+    or, if it has none, by its forward."""
     if hasattr(layer, "by_step"):
         y_t, state = layer.mix(layer.in_proj(u_t), state, reset, None, *layer.by_step)
         return layer.out_proj(y_t), state
@@ -579,7 +579,7 @@ def initial_step_bias(count):
 
 
 def out_projection(width, d_model, layers):
-    """Smaller weights the more layers there are: so their sum keeps its size."""
+    """The more layers there are, the smaller the weights: so the layers' sum keeps its size."""
     linear = nn.Linear(width, d_model, bias=False)
     linear.weight.data /= math.sqrt(layers)
     return linear
@@ -593,7 +593,7 @@ def heads_of(width, head_dim):
 
 
 class Mamba(nn.Module):
-    """Selective scan S6 between two gates. `layers` is how many are stacked.
+    """Selective scan S6 behind a convolution, gated. `layers` is how many are stacked.
 
     Source: Gu and Dao (2023), figure 3; parameters as in their reference implementation.
     """
@@ -678,9 +678,9 @@ class Mamba3(nn.Module):
         h_t = a_t (h_{t-1} + (1 - s_t) dt_t x_{t-1} B_{t-1}^T) + s_t dt_t x_t B_t^T
 
     a_t = exp(dt_t A_t), and rates A and shares s come from the sequence, too. B and C, normalised
-    and biased head by head, are turned by the running sum of dt_t angle_t. Differences of these
-    sums alone matter: the memory is kept as seen from its last step. One scan does: it writes with
-    s_t dt_t and, of the same input, what step t + 1 will add, before t + 1 fades it. Raises
+    and biased head by head, are turned by the running sum of dt_t angle_t. Only differences of
+    these sums matter: the memory is kept as seen from its last step. One scan does all: it writes
+    an input with s_t dt_t plus what step t + 1 will add of it, before t + 1 fades it. Raises
     ValueError if head_dim does not divide the width.
 
     Source: arXiv 2603.15569, single input and output; parameters as in their implementation.
@@ -714,7 +714,7 @@ class Mamba3(nn.Module):
         if reset is not None:
             before = torch.where(reset[:, :1], 0, before)
         memory = memory + outer(later[:, 0], *self.by_head(*before.split(self.sizes[1:3], -1)))
-        later = finite(F.pad(later[:, 1:], (0, 0, 0, 1)))  # the next step's, beside its input
+        later = finite(F.pad(later[:, 1:], (0, 0, 0, 1)))  # the next step's, moved to its input
         y, memory = in_parallel(SSD, x, now + later, B, C, rate, own, state=memory, reset=reset,
                                 every=every)
         memory = memory if every else memory[:, None]  # (B, pieces, H, P, N)
@@ -736,8 +736,8 @@ class Mamba3(nn.Module):
         return self.out_proj(y.flatten(1) * F.silu(gate)), state
 
     def scan_inputs(self, projected):
-        """-> gate (B, L, W), x (B, L, H, P), key (B, L, N), B, C (B, L, H, N), what a step writes,
-        of its own input and of that before, and its rate (B, L, H), and its turn (B, L, H, n)"""
+        """-> gate (B, L, W), x (B, L, H, P), key (B, L, N), B, C (B, L, H, N); what a step writes
+        of its own input, what of the one before, and its rate (B, L, H); its turn (B, L, H, n)"""
         gate, x, *rest = projected.split(self.sizes, -1)
         x, B, C, dt, A, share, angle = at_least_float32(x, *rest)
         dt, share, key = F.softplus(dt + self.dt_bias), share.sigmoid(), self.B_norm(B)
@@ -749,7 +749,7 @@ class Mamba3(nn.Module):
         return gate, x, key, B, C, share * dt, (1 - share) * dt, dt * A, turn
 
     def turned(self, B, angle):
-        """The first n pairs of neighbours in B (..., N) by angles (..., n)."""
+        """B (..., N) with its first n pairs of neighbours turned by angles (..., n)."""
         pairs, rest = B.tensor_split([2 * angle.shape[-1]], -1)
         return torch.cat([rotate(pairs.unflatten(-1, (-1, 2)), angle).flatten(-2), rest], -1)
 
@@ -798,9 +798,9 @@ class GRU(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Causal attention over `length` steps, with rotary positions, and an MLP behind it. The memory
-    is a cache of those steps' keys and values (B, length, 2 d_model), zero before the first and
-    behind a reset; recent counts the steps since then, (B). A step costs as much as a full cache.
+    """Causal attention over `length` steps, with rotary positions, then an MLP. The memory is a
+    cache of those steps' keys and values (B, length, 2 d_model), zero before the first step or a
+    reset; recent (B) counts the steps since then. A step always costs as much as with a full cache.
     Raises ValueError if head_dim is odd or does not divide d_model.
 
     Source: Vaswani et al. (2017), with norms in front (Xiong et al., 2020); Su et al. (2021).
@@ -842,7 +842,7 @@ class Transformer(nn.Module):
         if past or reset is not None or L > length:
             first = torch.maximum(since, now - length + 1)[..., None]
             mask = (first <= times) & (times <= now[:, None])  # (B, L, S): what is visible
-            if reset is not None:  # what is no number must not be multiplied by 0, as in the scans
+            if reset is not None:  # what is not finite must not be multiplied by 0, as in the scans
                 lost = (mask & ~seen.sum(-1).isfinite()[:, None]).any(-1, keepdim=True)
             mask = mask[:, None]
         u, *qkv = (part if lost is None else finite(part) for part in (u, q, *seen.chunk(2, -1)))
@@ -864,10 +864,10 @@ class Transformer(nn.Module):
     step = one_step
 
 
-# One of yours: Layer(d_model, layers, ...), given those of d_state, head_dim and length that it
+# To add one: Layer(d_model, layers, ...), given those of d_state, head_dim and length that it
 # names, with the same three methods. forward takes whole sequences, a State or None, resets and
-# `every` (then it returns the State after each piece), step one step; a State is two tensors
-# (B, ...), zeros at first, returned and never changed in place.
+# `every` (if given, it returns the State after each piece); step takes one step. A State is two
+# tensors (B, ...), zeros at first, returned and never changed in place.
 BACKBONES = {"mamba2": Mamba2, "mamba": Mamba, "mamba3": Mamba3, "gru": GRU,
              "transformer": Transformer}
 
@@ -892,7 +892,7 @@ class ResidualLayer(nn.Module):
 
 
 class SequenceModel(nn.Module):
-    """What came so far, at every step: a stem, residual layers of one kind, a final norm."""
+    """Sums up at every step what came so far: a stem, residual layers of one kind, a final norm."""
 
     def __init__(self, d_input, d_model, *, layers=2, backbone="mamba2", d_state=16, head_dim=64,
                  length=128, dropout=0.1):
@@ -910,8 +910,8 @@ class SequenceModel(nn.Module):
         return tuple(layer.mixer.initial_state(batch) for layer in self.layers)
 
     def forward(self, inputs, state=None, reset=None, every=None):
-        """inputs (B, L, d_input), reset (B, L) -> d (B, L, d_model), a state for each layer: those
-        after the last step; or, (B, L / every, ...), those after each piece of `every` steps."""
+        """inputs (B, L, d_input), reset (B, L) -> d (B, L, d_model), a state for each layer: after
+        the last step or, if `every` is given, after each piece of so many (B, L / every, ...)."""
         before = itertools.repeat(None) if state is None else state
         u, after = self.stem(inputs), []  # (B, L, d_model)
         for layer, layer_state in zip(self.layers, before):

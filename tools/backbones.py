@@ -3,11 +3,11 @@
     python -m tools.backbones                             all of them, a table and a picture
     python -m tools.backbones mamba2 gru --precision bfloat16 --threads 1
 
-A layer takes as many tokens at every length, as one batch, forward and backward; so whatever grows
-with the length is its own doing. Beside it stand the products of its matrices with all tokens at
-once, which it cannot do without. Layers take turns, so that whatever else the machine does hits all
-alike. A step of play is that of one sequence, so many steps old, again and again, as in a game. All
-times are medians. Memory is the most that was allocated at a time, on top of weights and inputs.
+A layer takes the same number of tokens at every length, as one batch, forward and backward; so what
+grows with the length is its own doing. Beside it stand the products of its matrices with all tokens
+at once, which it cannot do without. Layers take turns, so that whatever else the machine does hits
+all alike. A step of play is that of one sequence of this length, again and again, as in a game. All
+times are medians. Memory is the most allocated at any time, on top of weights and inputs.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def training_step(layer, u, gy, autocast):
 
 
 def products(layer, tokens: int, autocast):
-    """All linear maps of the layer, each of as many tokens, forward and backward."""
+    """All linear maps of the layer, each of so many tokens, forward and backward."""
     maps = [part for part in layer.modules() if isinstance(part, torch.nn.Linear)]
     device = maps[0].weight.device
     inputs = [torch.randn(tokens, part.in_features, device=device, requires_grad=True)
@@ -77,7 +77,7 @@ def step_of_play(layer, length: int, autocast):
 
 
 def medians(runs: list, repeats: int, device: torch.device) -> list[float]:
-    """Milliseconds of each, in turns, after one round to warm up."""
+    """Median milliseconds of each run; they take turns, after one round to warm up."""
     times = np.empty((1 + repeats, len(runs)))
     for row in times:
         for number, run in enumerate(runs):
@@ -142,7 +142,7 @@ def measure(backbones: list[str], lengths: list[int], s: drama.Settings, device)
 
 
 def print_tables(rows: list[dict]):
-    """A table a figure, backbones down, lengths across; and a layer's time over its products'."""
+    """A table per figure, backbones down, lengths across; and a layer's time over its products'."""
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     ratio = "forward and backward, times its products"
     cells = {(row["backbone"], row["length"]): row
@@ -156,7 +156,7 @@ def print_tables(rows: list[dict]):
 
 
 def panel(rows: list[dict], figure: str, left: int) -> list[str]:
-    """One figure over the length, both by their logarithms; a line a backbone."""
+    """One figure over the length, both on logarithmic scales; one line per backbone."""
     log = {name: [(np.log2(row["length"]), np.log10(float(row[figure]) or 1e-3))
                   for row in rows if row["backbone"] == name]
            for name in dict.fromkeys(row["backbone"] for row in rows)}

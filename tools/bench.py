@@ -4,8 +4,8 @@
     python -m tools.bench --preset paper --precision bfloat16 --threads 2
 
 Every phase of the training loop is timed alone, beside a large matrix product, which shows what the
-machine can do: median milliseconds; arithmetic, and its pace as a share of the product's; and all
-that torch's profiler sees started, operators and their parts: what small batches and GPUs pay for.
+machine can do: median milliseconds; arithmetic, and its pace as a share of the product's; and how
+many operators, parts included, torch's profiler sees started: what small batches and GPUs pay for.
 """
 
 import argparse
@@ -28,7 +28,7 @@ if os.name == "posix":
 
 REPEATS = 7
 PRODUCT = 4096  # side of the matrices of the large product
-NO_PART = (  # in how long it takes
+NO_PART = (  # these play no part in how long it takes
     "save_minutes", "log_every", "eval_episodes", "temperature", "warmup_updates", "cooldown",
     "player_decay")
 
@@ -73,7 +73,7 @@ def bench(s: drama.Settings, device: torch.device) -> tuple[dict, int]:
         ratio = s.dreams / s.batch
         return batch, run.draw_windows(s.dreams, s.context, rng, ratio) if contexts else batch
 
-    for column in run.replay.columns.values():  # a full replay: what it shows costs nothing
+    for column in run.replay.columns.values():  # a full replay: its content does not matter
         column.zero_()
     run.replay.length = s.steps
     matrix = torch.randn(PRODUCT, PRODUCT, device=device, dtype=getattr(torch, s.precision))

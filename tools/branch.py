@@ -29,7 +29,7 @@ def branch(source: Path, target: Path, flags: dict) -> dict:
     """Copy the newest save of a run, with these settings changed -> what branch.json holds."""
     manifest, state, files = Folder(source).load()
     before = drama.settings_of(manifest)
-    if flags.get("precision") == "auto":  # what that came to was settled when the run began
+    if flags.get("precision") == "auto":  # what auto means was settled when the run began
         del flags["precision"]
     drama.check(s := drama.without_effect(replace(before, **flags), flags))
     changed = {f.name: [getattr(before, f.name), getattr(s, f.name)] for f in fields(s)
@@ -44,7 +44,7 @@ def branch(source: Path, target: Path, flags: dict) -> dict:
         raise Mistake(f"{target} is there already: name a new folder.")
     if s.steps <= state["step"]:
         raise Mistake(f"{source} has {state['step']} steps already: give more --steps.")
-    if {"length", "context", "dream_from"} & {*changed}:  # other ages of what a player remembers
+    if {"length", "context", "dream_from"} & {*changed}:  # they set the age of a player's memory
         state["player"] = None
     torch.set_num_threads(manifest["threads"])
     with contextlib.closing(folder := Folder(target)):

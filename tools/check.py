@@ -3,11 +3,11 @@
     python -m tools.check runs/Breakout-s0      a table; it is kept as JSON, with one dream as PNG
 
 Five fresh episodes are played, with seeds that neither training nor evaluation uses. All along them
-begin dreams, after half a window of real frames, that take the recorded actions. After 1, 5 and 15
+dreams begin, after half a window of real frames, and take the recorded actions. After 1, 5 and 15
 steps: errors, of 255, of the frames and of the pixels that moved; how many of these move in the
 dream; KL; rewards and ends, counted over all steps of the dreams, which overlap; and by what factor
 the squared error grows if dreams exchange their actions. Then how much of what moves the model sees
-at all: of the change from frame to frame, the share that the reconstructions show, by how many of
+at all: the share of the change from frame to frame that the reconstructions show, by how many of
 the 4,096 pixels moved. A ball is two of them, and may be missing where all else is well. Then
 open-loop drift, the error of longer dreams after four real frames; the KL by the age of the play
 state; how well the value agrees with the return that followed; and the policy's entropy.
@@ -85,7 +85,7 @@ def play(s: drama.Settings, player: Player) -> Played:
 
 
 def windows(replay: Replay, starts: np.ndarray, length: int, device) -> Batch:
-    """As `replay.windows`, and beyond the ends: there the first or the last step comes again."""
+    """Like `replay.windows`, but also beyond the ends: there the first or last step is repeated."""
     rows = (starts[:, None] + np.arange(length)).clip(0, replay.length - 1)
     batch = replay.windows(rows.flatten(), 1, device)
     return Batch(*(part.view(*rows.shape, *part.shape[2:]) for part in batch))
@@ -95,10 +95,10 @@ def windows(replay: Replay, starts: np.ndarray, length: int, device) -> Batch:
 def dream_beside(player: Player, replay: Replay, horizon: int = max(DREAMT),
                  exchanged: bool = False):
     """Steps all along the episodes (N,), how many come from there on (N,), and Dreams from there
-    that take the actions that were taken, or those of other dreams, with the same random numbers.
+    that take the recorded actions or those of other dreams, with the same random numbers.
 
-    A dream sees the half window before, of its own episode; early in one, less. So it begins half a
-    window into an episode or, if the episode is short, in its middle.
+    A dream sees the half window before it, of its own episode; early in one, less. So the first
+    begins half a window into an episode or, if the episode is short, in its middle.
     """
     torch.manual_seed(0)
     model, device = player.model, player.d_past.device
@@ -106,7 +106,7 @@ def dream_beside(player: Player, replay: Replay, horizon: int = max(DREAMT),
     begun = np.array([(start, stop - start) for first, stop in spans(replay) for start in
                       range(first + min(context, (stop - first) // 2), stop, EVERY)])
     starts, left = begun[:: -(-len(begun) // AT_MOST)].T
-    acting = np.roll(starts, len(starts) // 2 * exchanged)  # far apart, and none its own
+    acting = np.roll(starts, len(starts) // 2 * exchanged)  # from far away, and none its own
     for at in range(0, len(starts), AT_ONCE):
         few = slice(at, at + AT_ONCE)
         start = model.starts_from_contexts(
@@ -118,11 +118,11 @@ def dream_beside(player: Player, replay: Replay, horizon: int = max(DREAMT),
 
 @torch.no_grad()
 def measure(model: WorldModel, replay: Replay, starts, left, dream: Dream, k: int) -> dict:
-    """Dreams of k steps, from `starts` of which so many steps were `left` in the episode -> name:
+    """Dreams of k steps from `starts`, from which so many steps were `left` in the episode -> name:
     figure, NaN where there is none.
 
     Frames and KL are those of the last step, z_k; rewards and ends those of all k, or of all left.
-    The frame that comes with game over is an old one in Atari, so no dream is held to it.
+    The frame that comes with game over is an old one in Atari, so no dream is compared with it.
     """
     device, seen = dream.reward.device, left > k
     lived = torch.from_numpy(np.arange(k) < left[:, None])  # (dreams, k)
@@ -174,7 +174,7 @@ def action_shuffle_ratio(model: WorldModel, replay: Replay, starts, left, dream:
 
 
 def judge(player: Player, replay: Replay, steps=DREAMT) -> tuple[np.ndarray, dict[int, dict]]:
-    """Where dreams began in episodes that were played, and their figures by steps of a dream."""
+    """Where dreams began in episodes that were played, and their figures by steps into a dream."""
     starts, left, dream = dream_beside(player, replay, max(steps))
     *_, exchanged = dream_beside(player, replay, max(steps), exchanged=True)
     beside = player.model, replay, starts, left, dream
@@ -184,8 +184,8 @@ def judge(player: Player, replay: Replay, steps=DREAMT) -> tuple[np.ndarray, dic
 
 @torch.no_grad()
 def change_shown(model: WorldModel, replay: Replay, device) -> dict[int, float]:
-    """So many pixels moved at most -> share of their change that the reconstructions show, %: 0 for
-    what they leave out, 100 for what they show as it is, NaN where nothing moved so."""
+    """At most so many pixels moved -> share of their change that the reconstructions show, %: 0 for
+    what they leave out, 100 for what they show as it is, NaN where no frames moved like that."""
     after, sums = np.flatnonzero(~replay["first"].numpy()), torch.zeros(2, len(MOVED))
     after = after[:: -(-len(after) // PAIRS) or 1]
     for at in range(0, len(after), 8 * AT_ONCE):
@@ -204,11 +204,11 @@ def change_shown(model: WorldModel, replay: Replay, device) -> dict[int, float]:
 def open_loop_drift(player: Player, replay: Replay) -> tuple[list[float], dict[str, np.ndarray]]:
     """STARTS x SAMPLES dreams of 50 steps, or as many as the episodes have room for, that see
     BURN_IN real frames, then actions -> mean squared error of every step, frames in [0, 1], and
-    what was compared. Empty if not even one step finds room.
+    what was compared. Both are empty if there is not even room for one step.
 
     real (starts, steps, height, width, 3), dream (starts, samples, steps, height, width, 3) uint8;
-    of the action that led to each frame: rrew, rend (starts, steps), reward and whether the life
-    ended; drew, dend (starts, samples, steps), as dreamt, the end as a probability.
+    for the action that led to each frame: rrew, rend (starts, steps), reward and whether the life
+    ended; drew, dend (starts, samples, steps), the same as dreamt, the end as a probability.
     """
     def room(steps):
         return [at for first, stop in spans(replay)
@@ -237,8 +237,8 @@ def open_loop_drift(player: Player, replay: Replay) -> tuple[list[float], dict[s
 
 
 def kl_by_age(played: Played, half: int) -> dict[str, float]:
-    """Mean KL of the play state from the age on to which it is rebuilt (T4); before, it is as old
-    as the episode."""
+    """Mean KL by the age of the play state, from the age on to which it is rebuilt (T4); before, it
+    is as old as the episode."""
     group = np.where(played.age < half, -1, played.age // (width := max(1, half // 4)) * width)
     return {f"{age} on": float(played.kl[group == age].mean())
             for age in np.unique(group[group >= 0]).tolist()}
@@ -251,7 +251,7 @@ def value_and_return(s: drama.Settings, played: Played) -> dict[str, float]:
         reward, end = (played.replay[name][first:stop, None].float()
                        for name in ("reward", "terminal"))
         value = torch.zeros(len(reward) + 1, 1)
-        value[-1] = float(played.value[stop - 1])  # where cut off: of the last one seen
+        value[-1] = float(played.value[stop - 1])  # where cut off: that of the last state seen
         returns += lambda_return(reward, end, value, s.gamma, 1.0).flatten().tolist()
     vary = np.std(returns) > 0 and played.value.std() > 0
     agree = float(np.corrcoef(played.value, returns)[0, 1]) if vary else 0.0
@@ -265,7 +265,7 @@ def finite(figures: dict) -> dict:
 
 
 def line(name: str, cells) -> str:
-    """A row of the table; a figure to compare the one above with stands further in."""
+    """A row of the table; a figure to compare the one above with is indented."""
     texts = ("-" if cell != cell else cell if isinstance(cell, str) else
              f"{cell:,}" if isinstance(cell, int) else f"{cell:,.2f}" for cell in cells)
     return f"{'  ' * name.startswith('had') + name:<32}" + "".join(f"{text:>10}" for text in texts)

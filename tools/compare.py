@@ -4,15 +4,15 @@
     python -m tools.compare Breakout laptop "best --batch 4 --dreams 64" --replay runs/Breakout-s0
 
 A variant is a preset and flags of drama.py. All learn from the same 10,000 steps, of random play or
-the last of a run: for so many seconds of CPU time the world model, then for as many an agent in
-that model, which learns no further. They take turns, so that whatever else the machine does hits
-all alike. The last fifth of the steps no model sees: there it is judged by the figures of
-tools.check, in dreams that follow 32 real frames. Last the agent plays five episodes, of 2,000
+the last of a run: first the world model, for so many seconds of CPU time, then for as many an agent
+in that model, which learns no further. They take turns, so that whatever else the machine does hits
+all alike. No model learns from the last fifth of the steps: there it is judged by the figures of
+tools.check, in dreams that follow 32 real frames. Finally the agent plays five episodes, of 2,000
 steps at most.
 
 A row of results/offline/compare-GAME.csv is one variant with one seed. Rows that are there are not
 made again, even if the code has changed: the table names their commits. A comparison that is
-stopped loses those of the seed it was at. Loss weights learn at the variant's --harmony-lr, with
+stopped loses the rows of the seed it was at. Loss weights learn at the variant's --harmony-lr, at
 which so few updates leave them near 1.
 """
 
@@ -43,7 +43,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "results" / "offline"
 GAME = ("game", "game_args", "action_repeat")
 NO_PART = (*GAME, "preset", "seed", "steps", "device", "threads", "replay_device", "save_minutes",
            "log_every", "eval_episodes", "temperature", "cooldown", "learning_starts",
-           "train_every")  # in what is learnt here
+           "train_every")  # these play no part in what is learnt here
 FLAGS = [f.name for f in fields(drama.Settings) if f.name not in NO_PART]
 
 # ---------------------------------------------------------------- the frozen replay
@@ -85,8 +85,8 @@ def recorded(path: Path, s: drama.Settings) -> dict[str, np.ndarray]:
 
 
 def split(steps: dict[str, np.ndarray]) -> list[Replay]:
-    """Steps to learn from, and to judge by: the last fifth, from the nearest beginning of an
-    episode on or, if there is none within a tenth of all, from the middle of one."""
+    """Steps to learn from, and the last fifth to judge by: from the nearest beginning of an episode
+    on or, if there is none within a tenth of all steps, from the middle of one."""
     length, parts = len(steps["action"]), []
     wanted = length - length // 5
     near = [at for at in np.flatnonzero(steps["first"]) if abs(at - wanted) <= length // 10]
@@ -164,7 +164,7 @@ ABOUT = ("variant", "replay", "seed", "seconds", "settings", "steps", "commit") 
 
 
 def this_commit() -> str:
-    """Seven digits, and what follows them if the checkout was changed; nothing outside one."""
+    """Seven digits, and `-dirty` if the checkout was changed; nothing outside a checkout."""
     commit = versions()["commit"] or ""
     return commit[:7] + commit[40:]
 
@@ -184,7 +184,7 @@ def write_rows(path: Path, rows: list[dict]):
 
 def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.ndarray],
             seconds: int, seeds: int, path: Path) -> dict[str, list[dict]]:
-    """Make the rows that are not there, on the replay of this name -> variant: a row a seed."""
+    """Make the rows that are missing, on the replay of this name -> variant: one row per seed."""
     (frozen, held_out), found = split(steps), {variant: [] for variant in variants}
     digest = sha256(b"".join(steps[column].tobytes() for column in SCHEMA))[:8]
     commit = this_commit()
@@ -211,8 +211,8 @@ def compare(variants: dict[str, drama.Settings], name: str, steps: dict[str, np.
 
 def print_table(found: dict[str, list[dict]]):
     """Means and deviations of all figures over seeds, variants side by side. A star marks what is
-    further from the first variant than noise is, but for once in 20 times: by Student's t (Cornish
-    and Fisher's series), with the mean variance of all variants."""
+    further from the first variant than noise is in 19 of 20 cases: by Student's t (Cornish and
+    Fisher's series), with the mean variance of all variants."""
     first, *_ = found.values()
     seeds, heads = len(first), [f"[{number}]" for number in range(1, len(found) + 1)]
     for head, (variant, rows) in zip(heads, found.items()):

@@ -31,7 +31,7 @@ LEFT, RIGHT, TOP, BOTTOM, LEGEND = 70, 500, 30, 260, 670  # of a panel, pixels
 
 def columns(path: Path, *names: str, empty: str = "") -> np.ndarray:
     """Columns of a table (rows, names); a cell that is empty or missing reads `empty`, which is no
-    number unless it is said; a last row that is being written is left out."""
+    number unless you give one; a last row that is still being written is left out."""
     if not path.exists():
         return np.empty((0, len(names)))
     with intact(path, "the run writes it anew when it goes on"):
@@ -57,8 +57,8 @@ def learning_curve(folder: Path) -> tuple[str, np.ndarray, np.ndarray]:
 
 
 def minutes(folder: Path) -> tuple[np.ndarray, bool]:
-    """A run's steps and its minutes of one CPU core, (rows, 2), from 0 on, and whether they are
-    that: older versions noted the time of the clock alone."""
+    """A run's steps and its minutes of one CPU core, (rows, 2), from 0 on, and whether these are
+    CPU time: older versions noted only the time of the clock."""
     table = columns(folder / "metrics.csv", "step", "cpu_seconds", "seconds", empty="nan")
     table /= (1, 60, 60)
     cpu = bool(np.isfinite(table[:, 1]).any())
@@ -104,7 +104,7 @@ def panel(game: str, runs: list, unit: str) -> str:
     lowest = math.inf
     for name, score in sorted(known.items(), key=lambda item: item[1]):
         y = place(0, score)[1]
-        lowest = min(y + 4, lowest - 14)  # or the words would lie on each other
+        lowest = min(y + 4, lowest - 14)  # or the words would overlap
         parts += [f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="grey" stroke-dasharray="4 4"/>',
                   text(RIGHT + 6, lowest, f"{name} {score:,.10g}", fill="grey")]
     for number, (name, points, tests) in enumerate(runs):
@@ -143,7 +143,7 @@ def write_picture(path: Path, parts: list[str], width: int, height: int):
 
 
 def check_place(path: Path, flag: str, ours: str = ""):
-    """Before the work: may its result be written there? A file may go if it begins like `ours`."""
+    """Before the work: may its result be written there? Only over one that begins like `ours`."""
     remedy = f": {flag} names another place" if flag else ", and the result goes there"
     if path.exists() and not (ours and path.is_file()
                               and path.read_bytes().startswith(ours.encode("latin-1"))):

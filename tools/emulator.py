@@ -3,17 +3,17 @@
     python -m tools.emulator                   the 26 games of the benchmark
     python -m tools.emulator Breakout Pong     these games
 
-Stopped, it goes on where it was: a game that stands in results/emulator.csv, measured with these
-versions, is not measured again. Delete its row to do so.
+If stopped, it goes on where it was: a game that stands in results/emulator.csv, measured with these
+versions, is not measured again. To have it measured again, delete its row.
 
 It plays on ale-py's own interface, whose states can be kept and restored; class Emulator adds the
-protocol of `drama.AtariGame`, bit for bit. Random numbers come from the names of games alone: what
+protocol of `drama.AtariGame`, bit for bit. Random numbers come only from the names of games: what
 one machine measures, any other measures too. Steps are agent steps of four frames.
 """
 
 import signal
 
-if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C while torch is being loaded just ends
+if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C while torch loads just ends the program
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import csv
@@ -53,7 +53,7 @@ OPENING = 120  # steps of a beginning that are looked at
 class Emulator:
     """One copy of a game by the protocol of `drama.AtariGame`; its states can be kept and restored.
 
-    Only once an episode has shown a frame: before, Amidar and Qbert would not go on alike.
+    But only once an episode has shown a frame: before, Amidar and Qbert would not go on alike.
     """
 
     def __init__(self, title: str):
@@ -151,7 +151,7 @@ def random_play(game: Emulator, rng) -> dict:
 
 
 def standing_still(game: Emulator, rng) -> dict:
-    """When a player who does nothing is done."""
+    """At which step a player who does nothing is done."""
     game.start(rng.integers(NO_OPS))
     while not game.step(0)[2]:
         pass
@@ -169,10 +169,10 @@ def some_play(game: Emulator, kept, steps: int, rng, good) -> bool:
 
 
 def sealed(game: Emulator, rng) -> dict:
-    """For how many steps before it a death or a reward could no longer be helped.
+    """For how many steps before a death or a reward it could no longer be helped.
 
-    A play helps if the life goes on past that step, or if the step gives no such reward. What no
-    play tried helps may still be helped by another: these are upper bounds.
+    A play helps if the life goes on past that step, or if the step gives no such reward. Where none
+    of the plays tried helps, another might: these are upper bounds.
     """
 
     def sealed_steps(good):  # by halving: what is sealed stays sealed
@@ -234,7 +234,7 @@ def choices(game: Emulator, rng) -> dict:
 
 
 def starts(game: Emulator, rng) -> dict:
-    """Steps of a beginning in which no key, however held, changes a frame; and how many starts."""
+    """First steps in which no key, however long held, changes a frame; how many starts differ."""
     dead, first, games = [], set(), []
     for no_ops in range(1, NO_OPS, 7):
         game.start(no_ops)
@@ -290,7 +290,7 @@ def measure(title: str, part) -> dict:
 
 
 def write(path: Path, rows: dict[str, dict]):
-    """The sheet, and beside it the table to be read; each whole or not at all."""
+    """The sheet and, beside it, the table for readers; each is written whole or not at all."""
     rows = [rows[title] for title in sorted(rows)]
     shown = [name for name in rows[0] if name != "versions" and not name.startswith("CPU")]
     table = [shown, ["---"] * len(shown)] + [[str(row[name]) for name in shown] for row in rows]

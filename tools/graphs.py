@@ -5,7 +5,7 @@
 
 An update of Drama is thousands of small kernels, and a GPU is done with one before Python has
 launched the next. Nothing in an update waits for the host (agent.take_step decides on the device),
-so that each can be recorded once and launched at a stroke.
+so each can be recorded once and launched at a stroke.
 """
 
 import functools
@@ -24,8 +24,8 @@ class Graph:
 
     What is recorded is a list of kernels with their addresses: so shapes are fixed, inputs are
     copied to where they were, the outputs of a call are overwritten by the next, and nothing inside
-    may look at a number. Random numbers follow torch.manual_seed as ever. The first calls run as
-    they are, on the stream where all is recorded: libraries prepare there.
+    may look at a number. Random numbers follow torch.manual_seed as ever. The first calls run
+    unrecorded, on the stream that will record: there libraries prepare themselves.
     """
 
     WARM = 3
@@ -76,7 +76,7 @@ def check(updates: int = 30):
     """Weights after the same updates with graphs and without, and the time of each."""
     before = {name: getattr(drama, name) for name in UPDATES}
     weights, seconds = {}, {}
-    torch.backends.cudnn.deterministic = True  # or a latent might be drawn otherwise
+    torch.backends.cudnn.deterministic = True  # or a latent might be drawn differently
     for kind in ("plain", "graphs"):
         s, device, _ = drama.new_settings(dict(preset="laptop", device="cuda", steps=4000))
         run, times = drama.Run(s, device), []

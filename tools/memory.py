@@ -6,14 +6,14 @@
 The long-sequence task of the paper (its table 2): a 5 x 5 grid with walls, a goal and an agent who
 sees little of it, as tokens, 26 a frame; a sequence model that foresees frames from the actions;
 the share of wrong tokens, in sequences of 208 and 1,664. Its code was not released, so the rest is
-a guess: 6 walls, a goal and a start, drawn for every sequence; actions drawn evenly, which walls
-and edges stop; a view of 3 x 3 cells, all else is dark; a frame is its 25 cells and the action
-taken there. The model learns to predict the next token, and is judged by the last 4 frames, which
-it makes up token by token, each from those that it made up before. To know what comes into view it
+a guess: 6 walls, a goal and a start, drawn for every sequence; actions drawn evenly, stopped by
+walls and edges; a view of 3 x 3 cells, all else dark; a frame is its 25 cells and the action taken
+there. The model learns to predict the next token, and is judged by the last 4 frames, which it
+makes up token by token, each from those that it made up before. To know what comes into view it
 must remember what it saw there, up to 63 frames ago.
 
-All train on the same fresh sequences, as many tokens for both lengths. A row of results/memory.csv
-is one trained model; rows that are there are not made again.
+All train on the same fresh sequences, with as many tokens at either length. A row of
+results/memory.csv is one trained model; rows that are there are not made again.
 """
 
 import argparse
@@ -87,13 +87,13 @@ class NextToken(nn.Module):
         self.head = nn.Linear(WIDTH, len(KINDS))
 
     def inputs(self, tokens, first=0):
-        """tokens (B, L), the first of them at this place of its frame -> (B, L, TOKENS + 26)"""
+        """tokens (B, L), the first of them at place `first` of its frame -> (B, L, TOKENS + 26)"""
         places = torch.arange(first, first + tokens.shape[1], device=tokens.device) % FRAME
         return torch.cat([F.one_hot(tokens, TOKENS),
                           F.one_hot(places, FRAME).expand(*tokens.shape, -1)], -1).float()
 
     def loss(self, tokens):
-        """tokens (B, frames, 26) -> nats a cell of every frame but the first."""
+        """tokens (B, frames, 26) -> nats per cell of every frame but the first."""
         d, _ = self.sequence(self.inputs(tokens.flatten(1)))  # (B, L, WIDTH)
         guess = self.head(d[:, CELLS:-1].unflatten(1, (-1, FRAME))[:, :, :CELLS])
         return F.cross_entropy(guess.flatten(0, 2), tokens[:, 1:, :CELLS].flatten())
@@ -101,7 +101,7 @@ class NextToken(nn.Module):
     @torch.no_grad()
     def foresee(self, tokens):
         """tokens (B, frames, 26) -> the cells of the last frames (B, FORESEEN, 25), of which it is
-        shown the actions alone: each follows from those that it foresaw."""
+        shown the actions alone: each follows from those foreseen before."""
         seen, hidden = tokens[:, :-FORESEEN], tokens[:, -FORESEEN:]
         d, state = self.sequence(self.inputs(seen.flatten(1)))
         d, cells = d[:, -1], []
@@ -126,7 +126,7 @@ def errors(guess, tokens) -> dict[str, float]:
 
 
 def references(tokens) -> dict[str, dict]:
-    """The errors of one who has no model, no memory, or a perfect one."""
+    """The errors of one who has no model, no memory, or a perfect memory."""
     seen, hidden = tokens[:, :-FORESEEN, :CELLS], tokens[:, -FORESEEN:, :CELLS]
     blank = torch.where((hidden == DARK) | (hidden == AGENT), hidden, FLOOR)
     known = (seen != DARK).any(1, keepdim=True)
@@ -180,7 +180,7 @@ def rows_of(**key) -> list[dict[str, str]]:
 
 
 def mean(backbone: str, length: int, updates: int) -> dict[str, float]:
-    """The errors of the models there are, NaN if there is none, and how many seeds they had."""
+    """Mean errors of the models there are, NaN if there is none, and how many seeds they had."""
     found = rows_of(backbone=backbone, length=length, updates=updates)
     figures = found or [dict.fromkeys(FIGURES, "nan")]
     return dict(seeds=len(found)) | {
@@ -188,7 +188,7 @@ def mean(backbone: str, length: int, updates: int) -> dict[str, float]:
 
 
 def report(updates: int):
-    """One table, with the paper's figures and what there is to guess without a model."""
+    """One table, with the paper's figures and what can be guessed without a model."""
     columns = [references(test_sequences(length)) | {
         backbone: mean(backbone, length, updates) for backbone in BACKBONES} for length in LENGTHS]
     print(f"Wrong tokens of the last {FORESEEN} frames, %, after {updates:,} updates: of all, and "

@@ -1,7 +1,7 @@
 """Play inside a model, and see runs grow: a page for the browser, from this machine to itself.
 
     python -m tools.page results/agents/KungFuMaster.pt    play a game, leave it, steer the dream
-    python -m tools.page runs/Krull-s0 runs/Krull-s1       the same, and how the runs come on
+    python -m tools.page runs/Krull-s0 runs/Krull-s1       the same, and how the runs get on
     python -m tools.page RUN --film dream.png              no page: film a dream beside its game
 
 *Dream* shows the game, what the model keeps of each frame, and how it had guessed it. From any step
@@ -45,7 +45,7 @@ from tools import curves
 
 WINDOWS = 8  # sessions that are kept; a new one takes the place of the one longest unused
 LONGEST = 10_000  # bytes of a request
-EPISODE = 3  # the first number of an episode of the page's: smaller ones are others' (test seeds)
+EPISODE = 3  # number of the page's first episode: smaller ones are used elsewhere (test seeds)
 
 # ---------------------------------------------------------------- actions by their meaning
 
@@ -53,7 +53,7 @@ DIRECTIONS = ("LEFT", "RIGHT", "UP", "DOWN", "FIRE")  # as keys: the arrows and 
 
 
 def action_names(s: drama.Settings, actions: int, game=None) -> list[str]:
-    """What the actions of a game are called, there or not; their numbers if it does not say."""
+    """What a game calls its actions, installed or not; their numbers if it does not say."""
     if s.game in (roms := drama.AtariGame.names()):
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         console = ale_py.ALEInterface()
@@ -77,8 +77,8 @@ def meaning(name: str) -> set[str]:
 
 
 def action_of(keys: list[str], names: list[str]) -> int | None:
-    """The action that has most of the arrows pressed and least of others; None if all have more
-    that is not wanted. A number among the keys is the action itself."""
+    """The action with the most of the pressed arrows and the fewest others; None if in all of them
+    the unwanted prevails. A number among the keys is the action itself."""
     numbers = [str(number) for number in range(len(names))]
     for key in keys:
         if key in numbers:
@@ -94,7 +94,7 @@ def action_of(keys: list[str], names: list[str]) -> int | None:
 
 
 class Game:
-    """The game itself, an episode after the other."""
+    """The game itself, one episode after the other."""
 
     recorded, length = None, 0  # whatever is done, it goes on
 
@@ -124,7 +124,7 @@ class Film:
         self.columns, self.length = columns, len(columns["action"])
 
     def start(self, at: int, before: int) -> int:
-        """Go to `before` steps before step `at`, or to what its episode has of them -> how many."""
+        """Go `before` steps back from step `at`, or as many as its episode has -> how many."""
         opened = np.flatnonzero(self.columns["first"][: at + 1])
         earliest = int(max(0, at - before, *opened[-1:]))
         self.show(earliest, True)
@@ -149,7 +149,7 @@ class Mind(Player):
     """Remembers as a player does, but is told what to do; it sees latents, and cannot tell whether
     they come from a frame or from a dream."""
 
-    reward = end = guess = None  # r^_t, e^_t, z^_{t+1}: foreseen of the last step
+    reward = end = guess = None  # r^_t, e^_t, z^_{t+1}: foreseen at the last step
 
     def see(self, z: torch.Tensor, first: bool):
         """Latents z_t (1, K), and whether they open an episode -> policy (A,), value."""
@@ -232,7 +232,7 @@ class Session:
 
     @property
     def filmed(self) -> bool:
-        """Whether actions are the film's."""
+        """Whether the film gives the actions."""
         return self.world.recorded is not None and not self.dream
 
     @torch.no_grad()
@@ -324,7 +324,7 @@ WISH = dict(do=str, session=str, run=int, world=str, at=int, keys=list | None)  
 
 
 class Refused(Exception):
-    """A request that is not answered: code of HTTP, and why."""
+    """A request that is not answered: HTTP code, and why."""
 
 
 class Page:
@@ -373,7 +373,7 @@ class Page:
 
     def dream(self, do: str, session: str = "", run: int = 0, world: str = "", at: int = 0,
               keys: list | None = None) -> dict:
-        """What the Dream view wishes: `do` is open, step, leave, back or begin; `keys` are those
+        """What the Dream view asks for: `do` is open, step, leave, back or begin; `keys` are those
         pressed, or None where the agent acts."""
         if do == "open":
             return self.open(session, run, world)
@@ -419,8 +419,8 @@ def as_json(content) -> tuple[str, bytes]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection of a browser. Only pages of this very server may ask, under a local name: so
-    no other page that the browser shows can, nor one that gives its own name this address."""
+    """One connection of a browser. Only pages of this very server, under a local name, may ask: no
+    other page in the browser can, not even one whose own name points to this address."""
 
     protocol_version, timeout = "HTTP/1.1", 60  # seconds that an idle connection is kept
     disable_nagle_algorithm = True  # or every answer waits 40 ms for the one before to be received
@@ -471,11 +471,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_):
-        """Nothing is said of requests."""
+        """Requests are not logged."""
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """One thread a connection; a browser that goes away in the middle is no error."""
+    """One thread per connection; a browser that goes away in the middle is no error."""
 
     allow_reuse_address, daemon_threads = os.name == "posix", True
 
@@ -504,7 +504,7 @@ def serve(page: Page, port: int, browser: bool):
 
 # ---------------------------------------------------------------- a film
 
-UNSEEN, PLAYED, DREAMT, TIMES = 60, 15, 45, 2  # steps: left out; in the game; in the dream; of both
+UNSEEN, PLAYED, DREAMT, TIMES = 60, 15, 45, 2  # steps left out, in game, in dream; rounds of both
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """What a run survives, tried at length: the real command line with the real game, killed again and
-again, half of the times inside a save, and then bits of its files flipped.
+again, half of the times during a save, and then bits of its files flipped.
 
     python -m tools.soak --kills 300            some 20 minutes on two cores
 
 Every run must end bit for bit like one that was never stopped; every flipped bit must lead to the
-save before or to a refusal, either of which names the file. Exit code 0 if all does, else 1.
+previous save or to a refusal, either of which names the file. Exit code 0 if so, else 1.
 """
 
 import concurrent.futures
@@ -44,7 +44,7 @@ def newest_step(folder: Path) -> int:
 
 
 def within_a_save(folder: Path) -> bool:
-    """Whether files tell that a save was begun and not ended."""
+    """Whether files show that a save was begun and not ended."""
     manifests, step = Folder(folder).manifests(), newest_step(folder)
     states = [step_of(path) for path in folder.glob("state-*.pt")]
     pictured = step < drama.PICTURE_STEPS or (folder / f"dream-{step:06d}.png").exists()

@@ -2,7 +2,7 @@
 
     python -m tools.table runs                     run folders, or folders that hold some
     python -m tools.table runs --csv scores.csv    also as rows for pandas
-    python -m tools.table runs --json scores       also in the formats others read, in a folder
+    python -m tools.table runs --json scores       also in formats that others read, in a folder
 
 A run counts at its newest evaluation, by its own settings; without one, at its last save or row of
 metrics.csv. Runs of unequal steps or settings are not averaged: they are rows of their own, named
@@ -30,7 +30,7 @@ AGENTS = list(PUBLISHED["Alien"])[2:]
 DRAMA = ["Drama_XS_DFS", "Drama_XS_uniform"]  # stand beside ours, the others in a table below
 PROTOCOLS = {"evaluation": "evaluation", "training": "last five in training"}
 AGGREGATES = ["mean", "median", "IQM", "optimality gap"]
-# Runs that are averaged may differ in which run it is, and where and how it was run
+# Runs that are averaged may differ in these: which run it is, and where and how it was run
 MAY_DIFFER = {"game", "seed", "preset", "device", "threads", "replay_device",
               "save_minutes", "log_every", "eval_episodes", "game_args"}  # args are in Run.game
 DEFAULTS = {name: list(value) if isinstance(value, tuple) else value  # as in JSON
@@ -125,14 +125,14 @@ def seed_means(runs: list[Run], protocol: str) -> np.ndarray:
 
 
 def standard_error(runs: list[Run], protocol: str) -> float:
-    """Over seeds; of a single one over its episodes."""
+    """Over seeds; with a single seed, over its episodes."""
     values = seed_means(runs, protocol) if len(runs) > 1 else runs[0].scores[protocol]
     return values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def interquartile_mean(scores: list[np.ndarray]) -> np.ndarray:
     """Mean of the middle half of all scores, (..., seeds) of each game, like scipy's trim_mean. A
-    game of fewer seeds weighs as much as the others: its scores count several times."""
+    game with fewer seeds weighs as much as the others: its scores count several times."""
     most = math.lcm(*(game.shape[-1] for game in scores))
     times = np.concatenate([np.full(game.shape[-1], most // game.shape[-1]) for game in scores])
     pooled, quarter = np.concatenate(scores, -1), times.sum() // 4
@@ -152,7 +152,7 @@ def aggregate(scores: list[np.ndarray]) -> np.ndarray:
 
 
 def interval(scores: list[np.ndarray], draws: int = 10_000) -> np.ndarray:
-    """95 % of the AGGREGATES, (2, 4), by a bootstrap that draws seeds within each game."""
+    """95 % intervals of AGGREGATES, (2, 4), by a bootstrap that draws seeds within each game."""
     rng = np.random.default_rng(0)
     drawn = [game[rng.integers(len(game), size=(draws, len(game)))] for game in scores]
     return np.percentile(aggregate(drawn), (2.5, 97.5), axis=0)
