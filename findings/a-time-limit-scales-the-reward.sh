@@ -21,43 +21,49 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import NormalizeReward
 from gymnasium.wrappers.vector import NormalizeReward as NormalizeRewards
 
-STEPS, GAMMA = 20_000, 0.99
+GAMMA = 0.99
 
 
-def deviation(id, mode):
-    """Of the discounted return, by the wrapper after so many steps of play; by hand without it."""
-    env = gymnasium.make(id)
-    if mode == "single":
-        env = NormalizeReward(env, GAMMA)
-    elif mode != "by hand":
-        env = SyncVectorEnv([lambda: gymnasium.make(id)], autoreset_mode=mode)
-        env = NormalizeRewards(env, GAMMA)
-    rng, returns, so_far, over = np.random.default_rng(0), [], 0.0, False
+def games(id, mode, inside=lambda game: game):
+    return SyncVectorEnv([lambda: inside(gymnasium.make(id))], autoreset_mode=mode)
+
+
+def play(env):
+    """Reward and end of 20,000 steps of random play; all ends are time limits."""
     env.reset(seed=0)
-    played = 0
-    while played < STEPS:
-        played += not (over and mode == AutoresetMode.NEXT_STEP)  # whose step after an end is a reset
-        action = rng.integers(3) if id == "MountainCar-v0" else rng.uniform(-2, 2, 1)
-        several = mode not in ("single", "by hand")
-        _, reward, terminated, truncated, _ = env.step(np.array([action]) if several else action)
-        assert not np.any(terminated)  # all ends are time limits
-        if mode == "by hand":
-            so_far = GAMMA * so_far + reward
-            returns.append(so_far)
-        over = bool(np.any(truncated))
-        if over and mode in ("single", "by hand"):
-            env.reset()
-            so_far = 0.0
-        elif over and mode == AutoresetMode.DISABLED:
+    env.action_space.seed(0)
+    for _ in range(20_000):
+        _, (reward,), (terminated,), (truncated,), _ = env.step(env.action_space.sample())
+        assert not terminated
+        if truncated and env.metadata["autoreset_mode"] == AutoresetMode.DISABLED:
             env.reset(options={"reset_mask": np.array([True])})
-    return np.std(returns) if returns else env.return_rms.var**0.5
+        yield reward, truncated
+
+
+def by_hand(id):
+    """The deviation of the discounted return."""
+    so_far, returns = 0.0, []
+    for reward, over in play(games(id, AutoresetMode.SAME_STEP)):
+        so_far = GAMMA * so_far + reward
+        returns.append(so_far)
+        so_far *= not over
+    return np.std(returns)
+
+
+def by_wrapper(env, wrapper):
+    for _ in play(env):
+        pass
+    return wrapper.return_rms.var**0.5
 
 
 for id in ("MountainCar-v0", "Pendulum-v1"):
-    truth = deviation(id, "by hand")
+    truth = by_hand(id)
     print(f"{id}, by hand: {truth:.2g}")
-    for mode in ("single", *AutoresetMode):
-        print(f"{id}, {getattr(mode, 'name', mode)}: {deviation(id, mode) / truth:.1f} of that")
+    single = games(id, AutoresetMode.SAME_STEP, lambda game: NormalizeReward(game, GAMMA))
+    print(f"{id}, single: {by_wrapper(single, single.envs[0]) / truth:.1f} of that")
+    for mode in AutoresetMode:
+        several = NormalizeRewards(games(id, mode), GAMMA)
+        print(f"{id}, {mode.name}: {by_wrapper(several, several) / truth:.1f} of that")
 PYTHON
 diff "$folder/seen" - <<'END'
 MountainCar-v0, by hand: 24
