@@ -111,6 +111,7 @@ class Settings:
     temperature: float = setting(1.0, "of the policy in evaluations and films: 0.5 squares "
                                  "its odds (IRIS)", low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
+    random_hold: int = setting(1, "steps for which these hold an action, on average (ours)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
     sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)", choices=SAMPLERS)
@@ -404,6 +405,8 @@ def train(run: Run, folder: Folder, stop: StopSignal):
             rng = reseed(s.seed, step, "play")
             if step < s.learning_starts:
                 action = int(rng.integers(run.game.actions))
+                if not first and rng.random() >= 1 / s.random_hold:
+                    action = int(replay["action"][-1])
             else:  # not under autocast: casting the weights costs more than one frame saves
                 run.player = run.player or make_player(s, run.playing_model, run.playing_agent)
                 frame = torch.from_numpy(run.frame).to(run.device)

@@ -2635,6 +2635,17 @@ def test_D11_same_seed_same_run_and_another_seed_another(whole, runs, tmp_path):
     assert [row["step"] for row in a[1]] == ["29", "37", "45", "53", "61"]
 
 
+def test_random_play_holds_an_action_until_it_is_drawn_anew(runs, tmp_path):
+    """Of four actions three are another one."""
+    for hold in (1, 8):
+        assert command(tmp_path / str(hold), "--learning-starts", "500", "--steps", "501",
+                       "--random-hold", str(hold)) == 0
+        action, first = (runs[-1].replay[name] for name in ("action", "first"))
+        changes = (action[1:] != action[:-1])[~first[1:]].float()
+        p = 0.75 / hold
+        assert abs(changes.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(changes))
+
+
 def test_D5_the_reset_frame_opens_the_episode_and_its_last_reward_counts(whole):
     replay, episodes = whole[0].replay, table(whole[1], "episodes")
     opens = np.flatnonzero(replay["first"])
@@ -2856,8 +2867,8 @@ def test_a_run_that_another_process_began_meanwhile_is_left_alone(fake, tmp_path
 CHANGED = dict(
     preset="debug", game="Pong", game_args="size=8", action_repeat=2, seed=3, steps=40,
     device="cpu", threads=1, precision="bfloat16", replay_device="cpu", save_minutes=7.5,
-    log_every=3, eval_episodes=1, temperature=0.7, learning_starts=33, train_every=5,
-    sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
+    log_every=3, eval_episodes=1, temperature=0.7, learning_starts=33, random_hold=4,
+    train_every=5, sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
     kernel=(7, 4), groups=16, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
     harmony=False, event_weight=1.5, local=True, batch_renorm=5, dream_from="contexts", dreams=5,
@@ -3710,7 +3721,7 @@ def test_no_damage_to_an_agent_is_silent(exported, tmp_path):
 UNTIL = 64  # the last step of a tiny run
 STOPPED = 45  # between two rows of metrics, after a skipped update, inside a chunk and an episode
 SKIPPED = 44  # the step of that update
-SAVING = [*CONTEXTS, "--seed", "3", "--save-minutes", "0"]  # a save after every step
+SAVING = [*CONTEXTS, "--seed", "3", "--random-hold", "3", "--save-minutes", "0"]  # every step
 
 
 class Enough(Exception):
