@@ -536,11 +536,11 @@ class ActorCritic(nn.Module):
     def __init__(self, actions: int, *, groups: int, classes: int, d_model: int,
                  actor_hidden: int, critic_hidden: int, layers: int, gamma: float,
                  lambda_: float, entropy: float, unimix: float, range_decay: float,
-                 replay_critic: float):
+                 range_floor: float, replay_critic: float):
         super().__init__()
         self.classes, self.replay_critic = classes, replay_critic
         self.gamma, self.lambda_ = gamma, lambda_
-        self.entropy, self.unimix = entropy, unimix
+        self.entropy, self.unimix, self.range_floor = entropy, unimix, range_floor
         self.two_hot = TwoHot()
         d_feature = groups * classes + d_model
         self.actor = mlp(d_feature, actor_hidden, layers, actions)
@@ -602,7 +602,7 @@ class ActorCritic(nn.Module):
         weight = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])  # (T, N): up to step t
 
         critic_loss, value, returns = self.critic_loss(features, dream.reward, dream.end)
-        scale = self.return_range.update(returns).clamp(min=1.0)
+        scale = self.return_range.update(returns).clamp(min=self.range_floor)
         advantage = (returns - value[:-1]) / scale
 
         # Without unimix a probability may round to 0, whose logarithm would break the entropy.

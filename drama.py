@@ -111,7 +111,8 @@ class Settings:
     temperature: float = setting(1.0, "of the policy in evaluations and films: 0.5 squares "
                                  "its odds (IRIS)", low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
-    random_hold: int = setting(1, "steps for which these hold an action, on average (ours)")
+    random_hold: int = setting(1, "steps for which these hold an action, on average, while 100 steps "
+                               "earn nothing (ours)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
     sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)", choices=SAMPLERS)
@@ -157,6 +158,8 @@ class Settings:
     policy_unimix: float = setting(0.0, "uniform share of the policy, everywhere (V3)", high=1)
     slow_decay: float = setting(0.98, "decay of the critic's slow copy per update (paper)", high=1)
     range_decay: float = setting(0.99, "decay of the return range per update (paper)", high=1)
+    range_floor: float = setting(1.0, "smallest range that advantages are divided by (paper)",
+                                 low=1e-3)
     replay_critic: float = setting(0.0, "weight of the critic's loss on the model's batch (V3)")
     player_decay: float = setting(0.0, "decay per update of the averaged weights, which play and "
                                   "dream (ours)", high=0.9999)
@@ -300,7 +303,7 @@ def build_networks(s: Settings, actions: int, device) -> tuple[WorldModel, Actor
         actions, groups=s.groups, classes=s.classes, d_model=s.d_model,
         actor_hidden=s.actor_hidden, critic_hidden=s.critic_hidden, layers=s.agent_layers,
         gamma=s.gamma, lambda_=s.lambda_, entropy=s.entropy, unimix=s.policy_unimix,
-        range_decay=s.range_decay, replay_critic=s.replay_critic)
+        range_decay=s.range_decay, range_floor=s.range_floor, replay_critic=s.replay_critic)
     return model.to(device).eval(), agent.to(device).eval()
 
 
@@ -405,7 +408,8 @@ def train(run: Run, folder: Folder, stop: StopSignal):
             rng = reseed(s.seed, step, "play")
             if step < s.learning_starts:
                 action = int(rng.integers(run.game.actions))
-                if not first and rng.random() >= 1 / s.random_hold:
+                poor = not first and not replay["reward"][-100:].any()
+                if poor and rng.random() >= 1 / s.random_hold:
                     action = int(replay["action"][-1])
             else:  # not under autocast: casting the weights costs more than one frame saves
                 run.player = run.player or make_player(s, run.playing_model, run.playing_agent)

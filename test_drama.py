@@ -775,7 +775,7 @@ def tiny_agent(actions=4, **changes):
     torch.manual_seed(1)
     sizes = dict(groups=4, classes=4, d_model=16, actor_hidden=8, critic_hidden=8, layers=1,
                  gamma=0.9, lambda_=0.8, entropy=0.01, unimix=0.0,
-                 range_decay=0.99, replay_critic=0.0)  # fmt: skip
+                 range_decay=0.99, range_floor=1.0, replay_critic=0.0)  # fmt: skip
     return ActorCritic(actions, **(sizes | changes)).eval()
 
 
@@ -2873,8 +2873,8 @@ CHANGED = dict(
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
     harmony=False, event_weight=1.5, local=True, batch_renorm=5, dream_from="contexts", dreams=5,
     context=4, horizon=3, actor_hidden=12, critic_hidden=14, agent_layers=2, gamma=0.9, lambda_=0.8,
-    entropy=0.002, policy_unimix=0.02, slow_decay=0.9, range_decay=0.8, optimizer="laprop",
-    model_lr=0.002, agent_lr=0.003, warmup_updates=6, cooldown=0.3, eps=1e-12,
+    entropy=0.002, policy_unimix=0.02, slow_decay=0.9, range_decay=0.8, range_floor=0.5,
+    optimizer="laprop", model_lr=0.002, agent_lr=0.003, warmup_updates=6, cooldown=0.3, eps=1e-12,
     model_max_grad_norm=50.0, agent_max_grad_norm=60.0)  # fmt: skip
 WHERE_THEY_MEAN_SOMETHING = dict(  # and CHANGED makes them mean nothing
     preset="debug", steps=70, eval_episodes=1, tau=3.5, head_dim=8, harmony_lr=0.004,
