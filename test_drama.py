@@ -1515,8 +1515,9 @@ def test_P7_nothing_is_learnt_after_a_sure_end():
         assert (size[:2] > 0).all() and size[2:].count_nonzero() == 0
 
 
-def test_agent_loss_is_that_of_its_formulas():
-    agent, dream = tiny_agent(unimix=0.2), random_dream()
+@pytest.mark.parametrize("floor", [1.0, 40.0])
+def test_agent_loss_is_that_of_its_formulas(floor):
+    agent, dream = tiny_agent(unimix=0.2, range_floor=floor), random_dream()
     shake(agent.actor[-1], scale=2.0)
     shake(agent.critic[-1], agent.slow_critic[-1], scale=0.02)
     total, metrics = agent.loss(dream)
@@ -1543,7 +1544,7 @@ def test_agent_loss_is_that_of_its_formulas():
         return -(share * log_p[t, n, upper] + (1 - share) * log_p[t, n, upper - 1])
 
     R, R_slow = returns(p @ BINS), returns(slow_p @ BINS)
-    scale = max(1, np.percentile(R, 95) - np.percentile(R, 5))
+    scale = max(floor, np.percentile(R, 95) - np.percentile(R, 5))
     t, n = np.indices(R.shape)
     log_taken = np.log(pi[t, n, dream.action.numpy()])
     entropy = -(pi * np.log(pi)).sum(-1)
@@ -2635,14 +2636,21 @@ def test_D11_same_seed_same_run_and_another_seed_another(whole, runs, tmp_path):
     assert [row["step"] for row in a[1]] == ["29", "37", "45", "53", "61"]
 
 
-def test_random_play_holds_an_action_until_it_is_drawn_anew(runs, tmp_path):
+def test_random_play_that_earns_nothing_holds_its_actions(runs, monkeypatch, tmp_path):
     """Of four actions three are another one."""
-    for hold in (1, 8):
-        assert command(tmp_path / str(hold), "--learning-starts", "500", "--steps", "501",
-                       "--random-hold", str(hold)) == 0
+
+    class Poor(FakeGame):
+        def step(self, actions):
+            frames, reward, terminal, done = super().step(actions)
+            return frames, 0 * reward, terminal, done
+
+    for game, hold, held in ((FakeGame, 8, 1), (Poor, 1, 1), (Poor, 8, 8)):
+        play_fake(monkeypatch, game)
+        assert command(tmp_path / f"{game.__name__}{hold}", "--learning-starts", "500",
+                       "--steps", "501", "--random-hold", str(hold)) == 0
         action, first = (runs[-1].replay[name] for name in ("action", "first"))
         changes = (action[1:] != action[:-1])[~first[1:]].float()
-        p = 0.75 / hold
+        p = 0.75 / held
         assert abs(changes.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(changes))
 
 
