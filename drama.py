@@ -111,8 +111,8 @@ class Settings:
     temperature: float = setting(1.0, "of the policy in evaluations and films: 0.5 squares "
                                  "its odds (IRIS)", low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
-    random_hold: int = setting(1, "steps for which these hold an action, on average, while 100 steps "
-                               "earn nothing (ours)")
+    random_hold: int = setting(1, "steps for which these hold an action, on average, while 100 "
+                               "steps earn nothing (ours)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
     sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)", choices=SAMPLERS)

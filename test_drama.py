@@ -2644,14 +2644,19 @@ def test_random_play_that_earns_nothing_holds_its_actions(runs, monkeypatch, tmp
             frames, reward, terminal, done = super().step(actions)
             return frames, 0 * reward, terminal, done
 
+    def flags(hold):
+        return "--learning-starts", "500", "--steps", "501", "--random-hold", str(hold)
+
     for game, hold, held in ((FakeGame, 8, 1), (Poor, 1, 1), (Poor, 8, 8)):
         play_fake(monkeypatch, game)
-        assert command(tmp_path / f"{game.__name__}{hold}", "--learning-starts", "500",
-                       "--steps", "501", "--random-hold", str(hold)) == 0
+        assert command(tmp_path / f"{game.__name__}{hold}", *flags(hold)) == 0
         action, first = (runs[-1].replay[name] for name in ("action", "first"))
         changes = (action[1:] != action[:-1])[~first[1:]].float()
         p = 0.75 / held
         assert abs(changes.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(changes))
+    interrupt_at(monkeypatch, 3)  # in the first episode: what is held then is held on
+    assert [command(tmp_path / "stopped", *flags(8)) for _ in range(2)] == [130, 0]
+    assert torch.equal(runs[-1].replay["action"], action)
 
 
 def test_D5_the_reset_frame_opens_the_episode_and_its_last_reward_counts(whole):
@@ -2876,7 +2881,8 @@ CHANGED = dict(
     preset="debug", game="Pong", game_args="size=8", action_repeat=2, seed=3, steps=40,
     device="cpu", threads=1, precision="bfloat16", replay_device="cpu", save_minutes=7.5,
     log_every=3, eval_episodes=1, temperature=0.7, learning_starts=33, random_hold=4,
-    train_every=5, sampling="uniform", batch=3, length=6, model_steps=3, channels=(4, 6), strides=(4, 4),
+    train_every=5, sampling="uniform", batch=3, length=6, model_steps=3,
+    channels=(4, 6), strides=(4, 4),
     kernel=(7, 4), groups=16, classes=5, backbone="mamba", layers=1, d_model=24, d_state=8,
     dropout=0.2, head_hidden=12, unimix=0.02, free_nats=0.5, representation_scale=0.2,
     harmony=False, event_weight=1.5, local=True, batch_renorm=5, dream_from="contexts", dreams=5,
@@ -3729,7 +3735,7 @@ def test_no_damage_to_an_agent_is_silent(exported, tmp_path):
 UNTIL = 64  # the last step of a tiny run
 STOPPED = 45  # between two rows of metrics, after a skipped update, inside a chunk and an episode
 SKIPPED = 44  # the step of that update
-SAVING = [*CONTEXTS, "--seed", "3", "--random-hold", "3", "--save-minutes", "0"]  # every step
+SAVING = [*CONTEXTS, "--seed", "3", "--save-minutes", "0"]  # a save after every step
 
 
 class Enough(Exception):
