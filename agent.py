@@ -143,7 +143,7 @@ class ToImage(nn.Module):
 
 class BatchNorm(nn.BatchNorm2d):
     """On a CPU torch 2.13 sums channels-last images in float32, one number after the other: beyond
-    a million a channel, as in `paper`, the variance is 1 % off, and depends on the number of
+    half a million a channel, as in `paper`, the variance is 1 % off, and depends on the number of
     threads. Contiguous images are summed pairwise."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -372,9 +372,16 @@ def write_json(path: Path, content):
     write_file(path, json.dumps(content, indent=1).encode())
 
 
-def write_png(path: Path, frames: list[np.ndarray], per_second: int = 1):
-    """Frames (height, width, 3) uint8 -> a PNG, animated if there are several."""
-    (height, width, _), parts, count = frames[0].shape, [], iter(range(2 * len(frames)))
+def packed(frame: np.ndarray) -> tuple[int, int, bytes]:
+    """A frame (height, width, 3) uint8 as a PNG keeps it: so, a film of 2,000 fits into memory."""
+    height, width, _ = frame.shape
+    rows = np.pad(frame.reshape(height, -1), ((0, 0), (1, 0)))  # each begins with filter 0
+    return height, width, zlib.compress(rows.tobytes())
+
+
+def write_png(path: Path, frames: list[tuple[int, int, bytes]], per_second: int = 1):
+    """Packed frames of one size -> a PNG, animated if there are several."""
+    (height, width, _), parts, count = frames[0], [], iter(range(2 * len(frames)))
 
     def chunk(kind: bytes, form: str, *numbers, data: bytes = b""):
         body = kind + struct.pack(">" + form, *numbers) + data
@@ -383,9 +390,7 @@ def write_png(path: Path, frames: list[np.ndarray], per_second: int = 1):
     chunk(b"IHDR", "2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
     if len(frames) > 1:
         chunk(b"acTL", "2I", len(frames), 0)
-    for i, frame in enumerate(frames):
-        rows = np.pad(frame.reshape(height, -1), ((0, 0), (1, 0)))  # each begins with filter 0
-        data = zlib.compress(rows.tobytes())
+    for i, (_, _, data) in enumerate(frames):
         if len(frames) > 1:
             chunk(b"fcTL", "5I2H2B", next(count), width, height, 0, 0, 1, per_second, 0, 0)
         if i == 0:
@@ -466,7 +471,8 @@ def step_of(path: Path) -> int:
 def not_finite(values, name: str) -> list[str]:
     """Names of the numbers, in nested containers, that are NaN or infinite."""
     return [name + keystr(path) for path, value in tree_leaves_with_path(values)
-            if isinstance(value, (Tensor, float)) and not torch.as_tensor(value).isfinite().all()]
+            if isinstance(value, float) and not math.isfinite(value)
+            or isinstance(value, Tensor) and not value.isfinite().all()]
 
 
 def in_digits(value, comma: str = "") -> str:

@@ -50,7 +50,7 @@ from agent import follow, keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, StopSignal, Stopped
 from buffer import command_line, export, human_normalised, in_digits, in_one_sentence
 from buffer import in_todays_words, kept_evaluation, known_scores, load_run, mean_and_error
-from buffer import random_play, reason, versions, write_json, write_png
+from buffer import packed, random_play, reason, versions, write_json, write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -111,8 +111,8 @@ class Settings:
     temperature: float = setting(1.0, "of the policy in evaluations and films: 0.5 squares "
                                  "its odds (IRIS)", low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
-    random_hold: int = setting(1, "steps for which these hold an action, on average, while 100 "
-                               "steps earn nothing (ours)")
+    random_hold: int = setting(1, "steps until one of these draws its action anew, on average, if "
+                               "none of the last 100 earned anything (ours)")
     train_every: int = setting(1, "steps between updates (paper)")
     # Sampling
     sampling: str = setting("dfs", "by frequency, or its ablation (paper, 2.4)", choices=SAMPLERS)
@@ -198,6 +198,9 @@ def make_game(s: Settings, copies: int = 1, film: str = ""):
     return GymnasiumGame(make_one, copies, s.action_repeat)
 
 
+FOR_TWO = ("combat", "joust", "maze_craze", "warlords")  # players; they would end the process
+
+
 class AtariGame:
     """Atari, preprocessed by ale-py. A frame pools the last two of the four that an action is held
     for (D12; at game over it is an old one), in 64 x 64. Up to 29 no-ops open an episode;
@@ -209,8 +212,7 @@ class AtariGame:
     @functools.cache
     def names(cls) -> dict[str, str]:
         """Title, as in the score tables -> ROM: MsPacman -> ms_pacman."""
-        for_two = {"combat", "joust", "maze_craze", "warlords"}  # they would end the process
-        roms = sorted(set(ale_py.roms.get_all_rom_ids()) - for_two)
+        roms = sorted(set(ale_py.roms.get_all_rom_ids()) - {*FOR_TWO})
         return {"".join(word.capitalize() for word in rom.split("_")): rom for rom in roms}
 
     def __init__(self, title: str, copies: int = 1, film: str = ""):
@@ -528,15 +530,18 @@ def state_of(run: Run) -> dict:
 
 
 def save(run: Run, folder: Folder):
-    """Save the run, and draw a dream of the present model from somewhere in the replay."""
+    """Save the run, and draw a dream of the model that plays, from somewhere in the replay."""
     s = run.settings
     folder.save(run.step, state_of(run), run.replay, asdict(s), threads=torch.get_num_threads(),
                 device=str(run.device))
     if run.step >= PICTURE_STEPS:
-        window = reseed(s.seed, run.step, "picture").integers(run.step - PICTURE_STEPS + 1, size=1)
+        episode = run.replay["first"].cpu().numpy().cumsum()
+        within = episode[: 1 - PICTURE_STEPS] == episode[PICTURE_STEPS - 1 :]  # one, if any is long
+        rng = reseed(s.seed, run.step, "picture")
+        window = rng.choice(np.flatnonzero(within == within.max()), size=1)
         batch = run.replay.windows(window, PICTURE_STEPS, run.device)
         write_png(folder.path / f"dream-{run.step:06d}.png",
-                  [dream_picture(run.model, batch).numpy()])
+                  [packed(dream_picture(run.playing_model, batch).numpy())])
 
 
 def restore(run: Run, state: dict):
@@ -599,7 +604,7 @@ def load_player(path, device: str = "cpu", games: int | None = 1, act_on: str = 
 def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "posterior",
                 temperature: float = 1.0) -> Player:
     """A player whose state grows no older than any that was trained (T4)."""
-    oldest = s.length if s.dream_from == "batch" else 2 * s.context
+    oldest = s.length if s.dream_from == "batch" else min(s.length, 2 * s.context)
     return Player(model, agent, games, oldest, act_on, temperature)
 
 
@@ -683,7 +688,7 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseeding, limit)
     try:
         for move in show_progress(desc="playing", total=limit, iterable=moves):
-            film.append(game.picture())
+            film.append(packed(game.picture()))
             score += float(move.reward[0])
             if display:
                 time.sleep(max(0, 1 / 15 - (time.monotonic() - shown)))
@@ -691,6 +696,8 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     except KeyboardInterrupt:
         if not film:
             raise
+    if len({(height, width) for height, width, _ in film}) > 1:
+        raise Mistake("the game's pictures differ in size, and make no film.")
     write_png(path, film, per_second=15)
     span = "the episode" if move.over[0] else f"its first {len(film)} steps"
     print(f"score {in_digits(score, ',')} in {span}: {path} is an animated PNG for any browser")
@@ -712,8 +719,8 @@ def make_gymnasium(name: str, arguments: str = "") -> gymnasium.Env:
         raise Mistake(f"--game-args {arguments!r} is not name=value,name=value; what is neither a "
                       "number nor a plain word stands in quotes.") from None
     game, (file, _, title) = name, name.rpartition(":")
-    if title.endswith(".py"):
-        raise Mistake(f"{name} needs the name of its class or function: {name}:MyGame.")
+    if title.endswith(".py") or not title:
+        raise Mistake(f"{name} needs the name of its class or function: {name.rstrip(':')}:MyGame.")
     with in_one_sentence(f"{name} cannot be made"):
         if file.endswith(".py"):
             sys.path += {str(Path(file).parent)} - {*sys.path}  # for what the file imports
@@ -740,7 +747,7 @@ def rgb(picture) -> np.ndarray:
 class GymnasiumGame:
     """Copies of a Gymnasium game; `make()` returns a new environment of it.
 
-    A frame is the observation, or its only entry, that is a picture (uint8, 32 pixels or more a
+    A frame is the observation, or its only entry that is a picture (uint8, 32 pixels or more a
     side: smaller ones may be codes), or else what the game renders, reduced to 64 x 64 by area. A
     time limit is not terminal, even if a game sets both flags; without one, Atari's limit holds.
     """
@@ -763,7 +770,6 @@ class GymnasiumGame:
         self.look()
         self.envs += [make() for _ in range(copies - 1)]
 
-    @in_one_sentence("the game cannot be played")
     def look(self, steps: int = 100):
         """Play at random until something is seen to move, and note in words what is seen."""
         rng, first = np.random.default_rng(0), self.reset([0])
@@ -781,21 +787,25 @@ class GymnasiumGame:
 
     def frame_of(self, copy: int, seen) -> np.ndarray:
         """What a copy observes or renders -> (64, 64, 3) uint8; the first's picture is kept."""
-        seen = self.envs[copy].render() if self.entry is None else seen
+        if self.entry is None:
+            try:
+                seen = self.envs[copy].render()
+            except NotImplementedError:
+                seen = None
         picture = rgb(seen[self.entry] if self.entry else seen)
         self.shown = picture if copy == 0 else self.shown
         image = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
         image = torch.nn.functional.interpolate(image, (64, 64), mode="area")[0]
         return image.round().byte().permute(1, 2, 0).numpy()
 
-    @in_one_sentence("the game broke off")
+    @in_one_sentence("the game fails")
     def reset(self, seeds) -> np.ndarray:
         seen = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)]
         self.frames = np.stack([self.frame_of(copy, each) for copy, each in enumerate(seen)])
         self.steps, (self.terminal, self.done) = 0, np.zeros((2, len(seen)), bool)
         return self.frames.copy()
 
-    @in_one_sentence("the game broke off")
+    @in_one_sentence("the game fails")
     def step(self, actions):
         rewards, self.steps = np.zeros(len(self.envs)), self.steps + 1
         for copy in np.flatnonzero(~self.done):  # a copy that is done stands still
@@ -859,6 +869,8 @@ def game_title(text: str) -> str:
         return text
     if wanted in titles or known:
         return titles.get(wanted, text)
+    if wanted in map(plain, FOR_TWO):
+        raise Mistake(f"{text} is a game for two players.")
     near = [titles[name] for name in difflib.get_close_matches(wanted, titles, 3, 0.5)]
     near += difflib.get_close_matches(text, gymnasium.registry, 1, 0.8)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -1077,7 +1089,10 @@ def train_command(flags: dict):
                 save(run, folder)
             introduce(run, why, folder.path)
             with StopSignal() as stop:
-                train(run, folder, stop)
+                try:
+                    train(run, folder, stop)
+                except Mistake as error:  # the game's, in the middle of a run
+                    raise Stopped(f"{error} {folder.kept()}") from None
         except OSError as error:
             raise Stopped(f"{reason(error)}. {folder.kept()}") from None
         player = make_player(s, run.playing_model, run.playing_agent, s.eval_episodes,

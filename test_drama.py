@@ -1971,7 +1971,7 @@ def test_every_game_of_the_table_is_known_by_its_title():
 
 @pytest.mark.parametrize("name, says", [
     ("Braekout", "mean Breakout.*--list-games"), ("CarRacing-v", "or CarRacing-v3"),
-    ("Combat", "no game 'Combat'"), ("", "no game ''")])  # fmt: skip
+    ("Combat", "Combat is a game for two"), ("", "no game ''")])  # fmt: skip
 def test_a_wrong_name_is_answered_with_the_nearest(name, says):
     with pytest.raises(Mistake, match=says):
         drama.game_title(name)
@@ -2275,6 +2275,17 @@ def test_what_is_no_picture_is_refused(picture):
         rgb(picture)
 
 
+def test_a_game_that_renders_nothing_must_observe_a_picture():
+    class Stacked(gymnasium.Env):
+        action_space, observation_space = spaces.Discrete(2), box(84, 84, 4)
+
+        def reset(self, seed=None, options=None):
+            return np.zeros((84, 84, 4), np.uint8), {}
+
+    with pytest.raises(Mistake, match="shows no picture: it observes none"):
+        GymnasiumGame(Stacked)
+
+
 def box(*shape, dtype=np.uint8):
     return spaces.Box(0, 255 if dtype == np.uint8 else 1, shape, dtype)
 
@@ -2367,7 +2378,7 @@ class Cursed(Dot):
 
 @pytest.mark.parametrize("reward, says", [
     (math.nan, "the game's reward is nan"), (-1e39, r"the game's reward is -1e\+39"),
-    ("ten", r"the game broke off: .*\(TypeError in test_drama.py, line \d+\)")])
+    ("ten", r"the game fails: .*\(TypeError in test_drama.py, line \d+\)")])
 def test_a_game_that_breaks_off_is_one_sentence(reward, says):
     game = GymnasiumGame(lambda: Cursed(reward))
     with pytest.raises(Mistake, match=says):
@@ -2497,12 +2508,13 @@ def test_an_identifier_of_gymnasium_is_made_with_its_arguments():
     ("CarRacin-v3", "", "CarRacin-v3 cannot be made: .*doesn't exist.*NameNotFound"),
     ("no_such_package:Game-v0", "", "cannot be made: No module named 'no_such_package'"),
     ("CartPole-v1", "level=1", "unexpected keyword argument 'level'"),
-    ("own_game.py", "", "needs the name of its class or function: own_game.py:MyGame"),
+    *[(name, "", "needs the name of its class or function: own_game.py:MyGame")
+      for name in ("own_game.py", "own_game.py:")],
     ("nowhere.py:Game", "", "nowhere.py:Game cannot be made: .*No such file"),
     ("{own}:Missing", "", "own_game.py has no Missing"),
     ("{own}:Broken", "", r"cannot be made: no cartridge \(OSError in own_game.py, line 20\)\.$"),
     ("{own}:NoEnvironment", "", "must inherit from the gymnasium.Env"),
-    ("{own}:Old", "", "the game broke off: not enough values"),
+    ("{own}:Old", "", "the game fails: not enough values"),
     *[("CartPole-v1", text, "is not name=value") for text in (
         "level", "level=", "level=a b", "level=a/b", "1", ")+(1", "level=print(1)", "a=1;b=2")]])
 def test_what_cannot_be_made_is_refused_in_one_sentence(own, name, arguments, sentence):
@@ -2552,6 +2564,13 @@ def test_T4_the_state_is_rebuilt_from_the_last_half_context(steps, age):
     for layer, expected in zip(player.state, state):
         close(layer.recent, expected.recent)
         close(layer.memory, expected.memory)
+
+
+def test_T4_no_state_grows_older_than_a_window_that_was_trained():
+    for dream_from, length, context, oldest in (
+            ("batch", 16, 3, 16), ("contexts", 16, 3, 6), ("contexts", 4, 8, 4)):
+        s = tiny_settings(dream_from=dream_from, length=length, context=context)
+        assert 2 * drama.make_player(s, tiny_model(), tiny_agent()).half == oldest
 
 
 def test_T4_the_rebuilt_state_forgets_old_weights_and_keeps_resets():
@@ -3146,7 +3165,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--eps 0", "--eps"), ("--temperature 0", "--temperature must be from 0.1"),
     ("--eps 1e-30", "--eps must be from 1e-20"), ("--horizon 65537", "1000"),
     ("--dream-from contexts --dreams 17000 --horizon 1000", "--dreams 17000 of --horizon 1000"),
-    ("--device cuda:0", "--device.*auto, cuda, mps, cpu"), ("--game Combat", "no game"),
+    ("--device cuda:0", "--device.*auto, cuda, mps, cpu"), ("--game Combat", "for two players"),
     ("--threads 99999999999999", "--threads"), ("--eval-episodes 99999999999", "--eval-episodes"),
     ("--list-games", "leave out --"),
     ("--local --strides 2,2,2,2,2,2,2 --channels 4,4,4,4,4,4,4", "strides must divide 64"),
@@ -3505,7 +3524,7 @@ def pixels(data, height, width):
 
 def test_a_png_holds_the_pixels_it_was_given(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    buffer.write_png(tmp_path / "a.png", [image])
+    buffer.write_png(tmp_path / "a.png", [buffer.packed(image)])
     chunks = dict(png_chunks(tmp_path / "a.png"))
     assert list(chunks) == ["IHDR", "IDAT", "IEND"]
     assert struct.unpack(">2I5B", chunks["IHDR"]) == (7, 5, 8, 2, 0, 0, 0)
@@ -3514,7 +3533,7 @@ def test_a_png_holds_the_pixels_it_was_given(tmp_path):
 
 def test_an_animated_png_holds_all_frames_in_order(tmp_path):
     film = list(np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8))
-    buffer.write_png(tmp_path / "a.png", film, per_second=15)
+    buffer.write_png(tmp_path / "a.png", [*map(buffer.packed, film)], per_second=15)
     chunks = list(png_chunks(tmp_path / "a.png"))
     kinds = [kind for kind, _ in chunks]
     assert kinds == "IHDR acTL fcTL IDAT fcTL fdAT fcTL fdAT IEND".split()
@@ -3535,6 +3554,26 @@ def test_the_picture_of_a_save_shows_real_frames_above_their_dream(run_folder):
     frames = [frame.tobytes() for frame in np.concatenate(replay)]
     shown = [picture[1:65, 1 + 66 * i : 65 + 66 * i].tobytes() for i in range(16)]
     assert any(frames[i : i + 16] == shown for i in range(len(frames)))
+
+
+def test_a_save_draws_what_the_player_dreams_within_an_episode(monkeypatch, tmp_path):
+    class Long(FakeGame):
+        @staticmethod
+        def episode_length(seed):
+            return 17
+
+    def picture(model, batch):
+        drawn.append((model, batch.first))
+        return torch.zeros(2, 2, 3, dtype=torch.uint8)
+
+    drawn, runs = [], watch_runs(monkeypatch)
+    play_fake(monkeypatch, Long)
+    monkeypatch.setattr(drama, "dream_picture", picture)
+    for seed in range(4):
+        assert command(tmp_path / str(seed), "--seed", str(seed)) == 0
+    assert len(drawn) == len(runs) == 4
+    for run, (model, first) in zip(runs, drawn):
+        assert model is run.playing_model and not first[0, 1:].any()
 
 
 def test_watch_films_an_episode(run_folder, fake, capsys):
@@ -3561,6 +3600,12 @@ def test_a_film_that_is_interrupted_is_what_there_is_of_it(run_folder, fake, cap
     assert drama.main(["--watch", str(run_folder)]) == 0
     assert struct.unpack(">2I", list(png_chunks(film))[1][1])[0] == 3
     assert "in its first 3 steps" in capsys.readouterr().out
+
+
+def test_pictures_that_grow_make_no_film(run_folder, fake, capsys):
+    fake.setattr(FakeGame, "picture", lambda game: np.zeros((2 + game.time[0], 3, 3), np.uint8))
+    assert drama.main(["--watch", str(run_folder)]) == 2
+    assert "differ in size" in capsys.readouterr().err and not list(run_folder.glob("watch*"))
 
 
 @pytest.mark.parametrize("game, in_a_window", [("Breakout", True), ("Dot", False)])
@@ -4390,6 +4435,26 @@ def paused(tmp_path_factory):
         for variant, folder in folders.items():
             assert command(folder, *VARIANTS[variant]) == 130
     return folders
+
+
+def test_a_game_that_fails_in_a_run_tells_what_is_kept(fake, tmp_path, capsys):
+    class Fails(FakeGame):
+        def step(self, actions):
+            Fails.left -= 1
+            if not Fails.left:
+                raise Mistake("the game fails: no cartridge.")
+            return super().step(actions)
+
+    Fails.left = 40
+    play_fake(fake, Fails)
+    assert command(tmp_path, "--run", str(tmp_path / "run")) == 1
+    told = "the game fails: no cartridge. The last good save is that of step 0: the same command"
+    assert told in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_named():
+    values = dict(scores=[1e39, math.inf], seen=(3, torch.tensor([1.0, math.nan])), name="inf")
+    assert buffer.not_finite(values, "run") == ["run['scores'][1]", "run['seen'][1]"]
 
 
 @pytest.mark.parametrize("spoil, variant", [

@@ -25,7 +25,7 @@ import drama  # first: it sets up torch
 import numpy as np
 import torch
 from agent import Dream, Player, WorldModel, dream_picture, kl_divergence, lambda_return
-from buffer import Batch, Replay, versions, write_file, write_json, write_png
+from buffer import Batch, Replay, packed, versions, write_file, write_json, write_png
 from tools.curves import check_place
 
 EPISODES, LIMIT = 5, 2000  # and the most steps of each
@@ -305,7 +305,7 @@ def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | 
     drama.reseed(s.seed, 0, "picture")
     middle = starts[len(starts) // 2 : len(starts) // 2 + 1] - 4
     window = windows(replay, middle, drama.PICTURE_STEPS, player.d_past.device)
-    write_png(path, [dream_picture(player.model, window, context=5).numpy()])
+    write_png(path, [packed(dream_picture(player.model, window, context=5).numpy())])
 
     scores = [f"{score:,.10g}" + "+" * (n == LIMIT) for score, n in zip(scores, lengths)]
     print(f"{EPISODES} episodes, scores {'; '.join(scores)}; {len(starts)} dreams; errors are of "

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from agent import Player, sample
 from buffer import MOMENTS, Folder, Mistake, intact, kept_evaluation, known_scores, load_run
-from buffer import newest_score, newest_steps, no_run, step_of, write_png
+from buffer import newest_score, newest_steps, no_run, packed, step_of, write_png
 
 from tools import curves
 
@@ -524,7 +524,7 @@ def film(agent: Agent, path: Path):
         strip[1:-1, 69:-1] = (255, 0, 0) if here.dream else 0
         strip[2:-2, 2:66], strip[2:-2, 70:-2] = pictures["game"], pictures["dream"]
         strip &= 0xF8  # five bits a colour: the others are hard to see, and do not compress
-        frames.append(strip.repeat(4, 0).repeat(4, 1))
+        frames.append(packed(strip.repeat(4, 0).repeat(4, 1)))
     write_png(path, frames, per_second=15)
     print(f"{path}: {len(frames)} frames, {path.stat().st_size / 1e6:.1f} MB")
 
