@@ -559,17 +559,19 @@ class ActorCritic(nn.Module):
         dtype = autocast_dtype(d_past.device)
         return torch.cat([one_hot(z, self.classes, dtype).flatten(-2), d_past.to(dtype)], -1)
 
-    def policy(self, features: Tensor) -> Tensor:
-        """s_t (..., F) -> pi (..., A): one and the same in play, dream and loss."""
-        return unimix_softmax(self.actor(features), self.unimix)
+    def policy(self, features: Tensor, temperature: float = 1.0) -> Tensor:
+        """s_t (..., F) -> pi (..., A): one and the same in play, dream and loss. A temperature
+        divides the logits and multiplies the uniform share, which frees a player who is stuck."""
+        share = min(1.0, self.unimix * temperature)
+        return unimix_softmax(self.actor(features) / temperature, share)
 
     def value(self, z: Tensor, d_past: Tensor) -> Tensor:
         """z_t (N, K), d_{t-1} (N, D) -> v(s_t) (N,)."""
         return self.two_hot.mean(self.critic(self.features(z, d_past)))
 
     def act(self, z: Tensor, d_past: Tensor, temperature: float = 1.0) -> Tensor:
-        """z_t (N, K), d_{t-1} (N, D) -> actions (N,), drawn from pi^(1 / temperature)."""
-        return sample(self.policy(self.features(z, d_past)) ** (1 / temperature))
+        """z_t (N, K), d_{t-1} (N, D) -> actions (N,), drawn from pi at this temperature."""
+        return sample(self.policy(self.features(z, d_past), temperature))
 
     def critic_loss(self, features: Tensor, reward: Tensor, end: Tensor, truncated=None):
         """s_0 .. s_T (T + 1, N, F), outcomes of T steps (T, N) -> the critic's loss (T, N), its

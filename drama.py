@@ -108,8 +108,8 @@ class Settings:
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
     eval_episodes: int = setting(20, "episodes of an evaluation, side by side", high=1000)
-    temperature: float = setting(1.0, "of the policy in evaluations and films: 0.5 squares "
-                                 "its odds (IRIS)", low=0.1, high=10)
+    temperature: float = setting(1.0, "what divides the policy's logits in evaluations and films "
+                                 "(IRIS), and multiplies its uniform share (ours)", low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
     random_hold: int = setting(1, "steps until one of these draws its action anew, on average, if "
                                "none of the last 100 earned anything (ours)")

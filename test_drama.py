@@ -2609,14 +2609,15 @@ def test_acting_on_the_prior_shows_the_actor_a_guess_but_remembers_the_frame():
     assert torch.equal(guessing.history[-1][0], real.history[-1][0])
 
 
-def test_a_temperature_draws_by_a_power_of_the_policy():
-    agent, N = tiny_agent(), 40_000
-    agent.policy = lambda features: torch.tensor([0.5, 0.3, 0.2]).expand(N, 3)
+def test_a_temperature_divides_the_logits_and_multiplies_the_uniform_share():
+    agent, N = tiny_agent(3, unimix=0.1), 40_000
+    agent.actor.forward = lambda features: torch.tensor([0.5, 0.3, 0.2]).log().expand(N, 3)
     seen = torch.zeros(N, 4, dtype=torch.long), torch.zeros(N, 16)
     for temperature, odds in ((0.5, [25, 9, 4]), (1, [5, 3, 2]), (2, [0.7071, 0.5477, 0.4472])):
         torch.manual_seed(0)
         drawn = torch.bincount(agent.act(*seen, temperature), minlength=3) / N
-        expected = torch.tensor(odds) / sum(odds)
+        share = 0.1 * temperature
+        expected = (1 - share) * torch.tensor(odds) / sum(odds) + share / 3
         assert (drawn - expected).abs().max() < 4 * (0.25 / N) ** 0.5  # four deviations
 
 

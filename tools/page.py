@@ -155,8 +155,7 @@ class Mind(Player):
         """Latents z_t (1, K), and whether they open an episode -> policy (A,), value."""
         self.z, self.first = z, torch.tensor([first], device=z.device)
         self.d_past = torch.where(self.first[:, None], 0.0, self.d_past)
-        power = self.agent.policy(self.agent.features(z, self.d_past))[0] ** (1 / self.temperature)
-        self.policy = power / power.sum()
+        self.policy = self.agent.policy(self.agent.features(z, self.d_past), self.temperature)[0]
         self.value = float(self.agent.value(z, self.d_past))
 
     def do(self, action: int):

@@ -160,11 +160,13 @@ def test_the_agent_acts_by_its_policy(agent):
 
 def test_the_policy_that_is_shown_is_the_one_that_plays(agent, monkeypatch):
     mind = page.Session(agent, "game").real
-    monkeypatch.setattr(mind.agent, "policy", lambda features: torch.tensor([[0.6, 0.4, 0, 0]]))
+    odds = torch.tensor([[0.6, 0.4, 1e-30, 1e-30]])
+    monkeypatch.setattr(mind.agent.actor, "forward", lambda features: odds.log())
     with torch.no_grad():
         mind.see(mind.z, False)
-    assert agent.s.temperature == 0.5  # so odds of 3 to 2 are 9 to 4
-    assert mind.policy.tolist() == pytest.approx([9 / 13, 4 / 13, 0, 0])
+    assert (agent.s.temperature, agent.s.policy_unimix) == (0.5, 0.01)  # 3 to 2 are 9 to 4
+    assert mind.policy.tolist() == pytest.approx(
+        [0.995 * 9 / 13 + 0.00125, 0.995 * 4 / 13 + 0.00125, 0.00125, 0.00125])
 
 
 def test_a_film_is_entered_at_any_step_with_what_led_there(agent):
