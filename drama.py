@@ -56,8 +56,9 @@ from buffer import packed, random_play, reason, versions, write_json, write_png
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # A preset lists what departs from `paper`, the defaults below
-OURS = dict(harmony=True, local=True, event_weight=30.0, dream_from="batch", replay_critic=0.3,
-            policy_unimix=0.01, entropy=3e-3, player_decay=0.995, cooldown=0.2, temperature=0.5)
+OURS = dict(random_hold=16, harmony=True, local=True, event_weight=30.0, dream_from="batch",
+            policy_unimix=0.01, entropy=3e-3, range_floor=0.1, replay_critic=0.3,
+            player_decay=0.995, cooldown=0.2, temperature=0.5)
 PRESETS = {
     "paper": {},
     "best": OURS,

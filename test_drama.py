@@ -3038,13 +3038,14 @@ def test_README_commands_are_understood(monkeypatch):
 
 
 def test_README_results_are_of_the_settings_that_it_names():
-    """`laptop` as it is, with flags, or as it was before, which the README tells in flags, too."""
+    """`laptop` as it is, or as it was, which the README tells in flags."""
     rows = re.findall(r"^\| \[(\w+)\]\((results/\S+)\) \| (.*?) \|", README, re.M)
-    (before,) = re.findall('"Before" is `laptop` with `([^`]+)`', " ".join(README.split()))
-    assert {"`--batch-renorm 0`", "before"} < {how for _, _, how in rows}
+    ((older, oldest),) = re.findall('"Older" adds `([^`]+)`, and "oldest" also `([^`]+)`',
+                                    " ".join(README.split()))
+    added = {"as it is": "", "older": older, "oldest": f"{older} {oldest}"}
     for game, folder, how in rows:
-        words = " ".join(re.findall("`(.*)`", how))
-        flags = flags_of(f"{before if 'before' in how else ''} {words}".split())
+        version, _, words = how.partition(", ")
+        flags = flags_of(f"{added[version]} {words.strip('`')}".split())
         held = json.loads((HERE / folder / "settings.json").read_text())
         held = drama.settings_of(dict(settings=held))
         free = ("precision", "temperature", *drama.MAY_CHANGE)
