@@ -300,8 +300,8 @@ def check(s: drama.Settings, player: Player, step: int, path: Path, npz: Path | 
         entropy=float(played.entropy.mean()), scores=scores, lengths=lengths,
         versions=versions()))
     if npz and drift:
-        np.savez_compressed(packed := io.BytesIO(), **arrays)
-        write_file(npz, packed.getvalue())
+        np.savez_compressed(file := io.BytesIO(), **arrays)
+        write_file(npz, file.getvalue())
     drama.reseed(s.seed, 0, "picture")
     middle = starts[len(starts) // 2 : len(starts) // 2 + 1] - 4
     window = windows(replay, middle, drama.PICTURE_STEPS, player.d_past.device)
