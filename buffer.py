@@ -368,6 +368,14 @@ def write_file(path: Path, data: bytes):
     sync_folder(path.parent)
 
 
+def make_folder(path: Path, remedy: str):
+    """A place for results, made or refused before there are any."""
+    with contextlib.suppress(OSError):
+        path.mkdir(parents=True, exist_ok=True)
+    if not (path.is_dir() and os.access(path, os.W_OK)):
+        raise Mistake(f"{path} cannot be written to{remedy}.")
+
+
 def write_json(path: Path, content):
     write_file(path, json.dumps(content, indent=1).encode())
 
@@ -778,6 +786,7 @@ def export(source: Path, target: Path) -> str:
         raise Mistake(f"{target} must end in .pt, as the files of agents do.")
     if target.exists():
         load_run(target)  # it may take the place of another agent, and of nothing else
+    make_folder(target.parent, ": name another place for the file")
     learning = {name: {key: value.half() if value.is_floating_point() and value.dim() > 1 else value
                        for key, value in state["learning"][f"playing_{name}"].items()}
                 for name in ("model", "agent")}
@@ -788,7 +797,6 @@ def export(source: Path, target: Path) -> str:
         step=state["step"], scores=state["scores"], learning=learning,
         moments=torch.frombuffer(moments.getbuffer(), dtype=torch.uint8))
     torch.save(agent, data := io.BytesIO())  # in memory first, as above
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, data.getvalue())
     earned = "no score yet"
     if score:

@@ -49,8 +49,8 @@ from agent import BACKBONES, ActorCritic, Player, WorldModel, dream_picture, fas
 from agent import follow, keep_freed_memory, make_optimizer, take_step
 from buffer import RENAMED, SAMPLERS, Batch, Clock, Folder, Mistake, Replay, StopSignal, Stopped
 from buffer import command_line, export, human_normalised, in_digits, in_one_sentence
-from buffer import in_todays_words, kept_evaluation, known_scores, load_run, mean_and_error
-from buffer import packed, random_play, reason, versions, write_json, write_png
+from buffer import in_todays_words, kept_evaluation, known_scores, load_run, make_folder
+from buffer import mean_and_error, packed, random_play, reason, versions, write_json, write_png
 
 # ---------------------------------------------------------------- settings
 
@@ -109,8 +109,8 @@ class Settings:
     save_minutes: float = setting(5.0, "minutes between saves")
     log_every: int = setting(100, "updates between rows of metrics.csv")
     eval_episodes: int = setting(20, "episodes of an evaluation, side by side", high=1000)
-    temperature: float = setting(1.0, "what divides the policy's logits in evaluations and films "
-                                 "(IRIS), and multiplies its uniform share (ours)", low=0.1, high=10)
+    temperature: float = setting(1.0, "divides the policy's logits in evaluations and films (IRIS) "
+                                 "and multiplies its uniform share (ours)", low=0.1, high=10)
     learning_starts: int = setting(1032, "random steps before the first update (paper)")
     random_hold: int = setting(1, "steps until one of these draws its action anew, on average, if "
                                "none of the last 100 earned anything (ours)")
@@ -1128,13 +1128,9 @@ def open_player(path: Path, flags: dict, command: str, games: int | None, act_on
     s, player, state = load_player(path, flags.pop("device", "auto"), games, act_on, **flags)
     if out.is_file():
         raise Mistake(f"{out} is a file: --out DIR names a folder for the result.")
-    if out != path:
-        if (out / "settings.json").exists() and not out.samefile(path):
-            raise Mistake(f"{out} holds a run of its own: --out DIR names another place.")
-        out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise Mistake(f"{out} cannot be written to, and {command} leaves its result there: "
-                      "--out DIR names another place.")
+    if out != path and (out / "settings.json").exists() and not out.samefile(path):
+        raise Mistake(f"{out} holds a run of its own: --out DIR names another place.")
+    make_folder(out, f", and {command} leaves its result there: --out DIR names another place")
     return s, player, state, out
 
 

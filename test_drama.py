@@ -3220,6 +3220,10 @@ def test_a_folder_that_takes_no_result_is_refused_unless_another_is_given(kind, 
     with fake.context() as patch:
         patch.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
         refused(capsys, run_folder, [kind, str(run_folder)], "cannot be written to.*--out DIR")
+        beneath = str(run_folder / "settings.json" / "place")  # a file
+        refused(capsys, run_folder, [kind, str(run_folder), "--out", beneath], "cannot be written")
+        refused(capsys, run_folder, ["--export", str(run_folder), f"{beneath}/a.pt"],
+                "cannot be written to: name another place")
     assert drama.main([kind, str(run_folder), "--out", str(tmp_path / "new" / "place")]) == 0
     assert [path.name for path in (tmp_path / "new" / "place").iterdir()] == [result]
     assert contents(run_folder) == before

@@ -4,8 +4,8 @@
     python drama.py --run runs/Krull-calm
 
 The copy has all of the newest save: networks, replay, tables, the episode under way. With no other
-setting it goes on bit for bit like the run itself; with --seed alone it has other luck. Its file
-branch.json tells where it comes from.
+setting it goes on bit for bit like the run itself; with --seed alone it has other luck, and begins
+with a new episode. Its file branch.json tells where it comes from.
 """
 
 import argparse
@@ -46,6 +46,8 @@ def branch(source: Path, target: Path, flags: dict) -> dict:
         raise Mistake(f"{source} has {state['step']} steps already: give more --steps.")
     if {"length", "context", "dream_from"} & {*changed}:  # they set the age of a player's memory
         state["player"] = None
+    if "seed" in changed:  # it does not lead to where the episode under way is
+        state |= dict(score=0.0, episode_length=0, frame=None)
     torch.set_num_threads(manifest["threads"])
     with contextlib.closing(folder := Folder(target)):
         folder.open_for_writing(new=True)

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import Folder, Mistake, intact, kept_evaluation, known_scores, no_run, write_file
+from buffer import Folder, Mistake, intact, kept_evaluation, known_scores, make_folder, no_run
+from buffer import write_file
 
 SMOOTH = 5  # training episodes that a point of a line averages, as in the paper's protocol
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -148,9 +149,7 @@ def check_place(path: Path, flag: str, ours: str = ""):
     if path.exists() and not (ours and path.is_file()
                               and path.read_bytes().startswith(ours.encode("latin-1"))):
         raise Mistake(f"{path} is there and was not written by this{remedy}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise Mistake(f"{path.parent} cannot be written to{remedy}.")
+    make_folder(path.parent, remedy)
 
 
 def run_command(argv: list[str]):

@@ -65,6 +65,8 @@ def read_run(folder: Path) -> Run:
         ends = [old["step"] for old in before if s["cooldown"] and old.get("steps") == old["step"]]
         if not s["cooldown"] or test.get("steps", s["steps"]) == test["step"]:
             s["steps"] = "as many"  # else its rates were not those of a run that ended there
+        origin = folder / "branch.json"
+        s["branched"] = f"at {json.loads(origin.read_bytes())['step']}" if origin.exists() else "never"
         if ends:  # nor were they if they had fallen before
             s["steps"] = f"{s['steps']}, after {', '.join(map(str, sorted(ends)))}"
         return Run(folder, s, game, s["seed"], test["step"], scores, curve)

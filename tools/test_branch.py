@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_check import refused
@@ -44,6 +45,19 @@ def test_a_branch_has_the_same_past_and_other_settings_from_there(stopped, runs,
     *past, _ = table(stopped, "metrics")
     assert past and table(new, "metrics")[: len(past)] == past
     assert runs[-1].player.half == 3 and runs[-1].player.age < 6
+
+
+def test_a_branch_with_another_seed_begins_a_new_episode(stopped, runs, tmp_path, capsys):
+    new = tmp_path / "new"
+    assert branch.main([str(stopped), str(new), "--seed", "5"]) == 0
+    assert drama.main(["--run", str(new)]) == 0
+    assert "does not repeat itself" not in capsys.readouterr().out
+    first, action = (runs[-1].replay[name].numpy() for name in ("first", "action"))
+    kept = np.concatenate([np.load(path)["action"] for path in sorted(stopped.glob("replay-*"))])
+    assert np.array_equal(action[: len(kept)], kept) and first[40]
+    ended = [int(row["step"]) for row in table(new, "episodes")]
+    assert 40 not in ended and [step for step in ended if step < 40] == [
+        int(row["step"]) for row in table(stopped, "episodes")]
 
 
 def test_what_a_branch_refuses(run_folder, tmp_path, capsys):

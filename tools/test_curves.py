@@ -136,6 +136,7 @@ def test_no_tool_writes_over_a_file_that_is_not_its_own(tool, argv, file, run_fo
     before = contents(run_folder)
     refused(capsys, tool.main, [*argv, f"run/{file}"], f"{file} is there and was not written by")
     refused(capsys, tool.main, [*argv, "run.npz"], "run.npz is there and was not written by")
+    refused(capsys, tool.main, [*argv, f"run/{file}/a.npz"], f"{file} cannot be written to: ")
     fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(capsys, tool.main, [*argv, "new/a.npz"], f"new cannot be written to: {argv[-1]} FILE")
     assert contents(run_folder) == before

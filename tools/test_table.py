@@ -120,6 +120,15 @@ def test_seeds_are_averaged_and_both_protocols_shown(tmp_path, capsys):
     assert ours[2] == "36 % [29, 43]"  # (10 - 1.7) / 28.8 and (14 - 1.7) / 28.8
 
 
+def test_a_branch_is_no_further_seed_of_its_run(tmp_path, capsys):
+    make_run(tmp_path / "a", [(1000, [10])])
+    (make_run(tmp_path / "b", [(1000, [20])], seed=1) / "branch.json").write_text('{"step": 700}')
+    rows = lines(capsys, tmp_path)
+    assert [row[1:6] for row in rows[2:4]] == [
+        ["laptop", "1,000", "1", "1", "10.0 (29 %)"],
+        ["laptop, branched at 700", "1,000", "1", "1", "20.0 (64 %)"]]
+
+
 def test_the_error_of_one_seed_is_marked_and_gives_no_interval(tmp_path, capsys):
     make_run(tmp_path / "a", [(1000, [9, 11])])
     rows = lines(capsys, tmp_path / "a")
