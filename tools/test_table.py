@@ -270,7 +270,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "file").touch()
     good = make_run(tmp_path / "good", [(1000, [9])])
     assert lines(capsys, good, "--json", tmp_path / "file", code=2) == (
-        f"tools.table: {tmp_path / 'file'} cannot be written: File exists.\n")
+        f"tools.table: {tmp_path / 'file'} cannot be written to: --json FOLDER names another "
+        "place.\n")
     for name, text in [("settings.json", "{"), ("episodes.csv", "step,score\nx,1\n"),
                        ("evaluation-001000.json", "[]")]:
         folder = make_run(tmp_path / f"bad-{name}", [(1000, [9])])
