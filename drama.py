@@ -537,9 +537,9 @@ def save(run: Run, folder: Folder):
                 device=str(run.device))
     if run.step >= PICTURE_STEPS:
         episode = run.replay["first"].cpu().numpy().cumsum()
-        within = episode[: 1 - PICTURE_STEPS] == episode[PICTURE_STEPS - 1 :]  # one, if any is long
-        rng = reseed(s.seed, run.step, "picture")
-        window = rng.choice(np.flatnonzero(within == within.max()), size=1)
+        within = episode[: 1 - PICTURE_STEPS] == episode[PICTURE_STEPS - 1 :]
+        windows = np.flatnonzero(within == within.max())  # in one episode, if any is long enough
+        window = reseed(s.seed, run.step, "picture").choice(windows, size=1)
         batch = run.replay.windows(window, PICTURE_STEPS, run.device)
         write_png(folder.path / f"dream-{run.step:06d}.png",
                   [packed(dream_picture(run.playing_model, batch).numpy())])
@@ -697,7 +697,7 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     except KeyboardInterrupt:
         if not film:
             raise
-    if len({(height, width) for height, width, _ in film}) > 1:
+    if len({frame[:2] for frame in film}) > 1:
         raise Mistake("the game's pictures differ in size, and make no film.")
     write_png(path, film, per_second=15)
     span = "the episode" if move.over[0] else f"its first {len(film)} steps"

@@ -2619,6 +2619,8 @@ def test_a_temperature_divides_the_logits_and_multiplies_the_uniform_share():
         share = 0.1 * temperature
         expected = (1 - share) * torch.tensor(odds) / sum(odds) + share / 3
         assert (drawn - expected).abs().max() < 4 * (0.25 / N) ** 0.5  # four deviations
+    agent.unimix = 0.5  # of temperature 3: all is uniform
+    close(agent.policy(agent.features(*seen), 3), torch.full((N, 3), 1 / 3))
 
 
 def test_a_run_learns_at_temperature_1_and_is_evaluated_at_its_own(fake, tmp_path, capsys):
@@ -3043,6 +3045,7 @@ def test_README_results_are_of_the_settings_that_it_names():
     ((older, oldest),) = re.findall('"Older" adds `([^`]+)`, and "oldest" also `([^`]+)`',
                                     " ".join(README.split()))
     added = {"as it is": "", "older": older, "oldest": f"{older} {oldest}"}
+    assert {how.partition(", ")[0] for _, _, how in rows} == {*added}
     for game, folder, how in rows:
         version, _, words = how.partition(", ")
         flags = flags_of(f"{added[version]} {words.strip('`')}".split())

@@ -281,13 +281,9 @@ def run_command(argv: list[str]):
     groups, legend = gather(asked["runs"])
     if asked["csv"]:
         check_place(asked["csv"], "--csv FILE", "agent,game,seed,")
-    try:
-        if asked["csv"]:
-            write_csv(asked["csv"], groups)
-        if asked["json"]:
-            write_json(asked["json"], groups)
-    except OSError as error:
-        raise Mistake(f"{error.filename} cannot be written: {error.strerror}.") from None
+        write_csv(asked["csv"], groups)
+    if asked["json"]:
+        write_json(asked["json"], groups)
     print(score_tables(groups), aggregate_tables(groups), NOTES, *legend, sep="\n")
 
 
