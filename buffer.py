@@ -784,8 +784,9 @@ def export(source: Path, target: Path) -> str:
     about, state, files = load_run(source)
     if target.suffix != ".pt":
         raise Mistake(f"{target} must end in .pt, as the files of agents do.")
-    if target.exists():
-        load_run(target)  # it may take the place of another agent, and of nothing else
+    game = about["settings"]["game"]
+    if target.exists() and (held := load_run(target)[0]["settings"]["game"]) != game:
+        raise Mistake(f"{target} holds an agent of {held}: name another file.")
     make_folder(target.parent, ": name another place for the file")
     learning = {name: {key: value.half() if value.is_floating_point() and value.dim() > 1 else value
                        for key, value in state["learning"][f"playing_{name}"].items()}
@@ -804,7 +805,7 @@ def export(source: Path, target: Path) -> str:
         error = f" ± {score['error']:,.{digits}f}" if count > 1 else ""
         earned = (f"score {score['mean']:,.{digits}f}{error} in {count} episode{'s' * (count > 1)} "
                   f"at step {score['step']:,}")
-    return (f"{about['settings']['game']}, {state['step']:,} steps, {earned}, "
+    return (f"{game}, {state['step']:,} steps, {earned}, "
             f"{len(newest['action'])} frames, {len(data.getvalue()) / 1e6:.1f} MB")
 
 

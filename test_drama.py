@@ -3077,6 +3077,28 @@ def test_README_results_are_what_the_runs_have():
         assert not any(mean for mean, _ in told.values()), folder
 
 
+def anchors(text):
+    """What links into a page of Markdown may name: its headings, as GitHub spells them."""
+    heads = re.findall("^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (HERE / page).read_text())
+    assert len(links) > 20
+    for path, anchor in links:
+        target = (HERE / page).parent / path if path else HERE / page
+        assert target.exists() and (not anchor or anchor in anchors(target.read_text())), path
+
+
+def test_every_folder_of_results_is_told_of():
+    text = README + (HERE / "results" / "README.md").read_text()
+    for folder in (path.name for path in (HERE / "results").iterdir() if path.is_dir()):
+        series = re.sub(r"(-\d+-).*", r"\1*", folder)
+        assert re.search(rf"\b({re.escape(folder)}\b|{re.escape(series)})", text), folder
+
+
 def test_README_counts_the_lines_of_every_layer():
     table = re.findall(r"^\| `(\w+)` \|.* \| (\d+) \|$", README, re.M)
     lines = {node.name: str(node.end_lineno - node.lineno + 1)
@@ -3738,6 +3760,10 @@ def test_an_agent_takes_the_place_of_no_other_thing(run_folder, tmp_path, capsys
     refused(capsys, tmp_path, [*export, str(tmp_path / "a.pt"), "--seed", "1"], "leave out --seed")
     refused(capsys, tmp_path, ["--export", str(tmp_path / "none"), "a.pt"], "there is no folder")
     refused(capsys, tmp_path, ["--export", str(run_folder)], "expected 2 arguments")
+    assert drama.main([*export, str(tmp_path / "a.pt")]) == 0
+    agent = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save(agent | dict(settings=agent["settings"] | dict(game="Krull")), tmp_path / "a.pt")
+    refused(capsys, tmp_path, [*export, str(tmp_path / "a.pt")], "holds an agent of Krull: name")
 
 
 class Evil:
