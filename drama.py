@@ -973,6 +973,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> dict:
         """The flags given, and no others, by name; old names are understood."""
+        for before, word in zip([self.prog, *argv], argv):
+            if re.fullmatch("(--[^=]*=)?", word) and "--game-args" not in (before, word[:-1]):
+                raise Mistake(f"nothing stands after {word or before}: is a variable empty?")
         today = {flag(no + old): flag(no + new) for old, new in RENAMED.items()
                  for no in ("", "no_")}
         today |= {"--event-weights": "--event-weight=2", "--no-event-weights": "--event-weight=1"}
@@ -1053,8 +1056,6 @@ def introduce(run: Run, why: str, path: Path):
 
 def train_command(flags: dict):
     """Begin a run, or go on with the one in the folder, to its end and an evaluation."""
-    if flags.get("run") == "":
-        raise Mistake("--run names no folder: is a variable empty?")
     title = re.sub(r"[^\w.-]+", "-", game_title(flags.get("game", Settings.game)))
     preset = flags.get("preset") or own_preset(flags.get("device", "auto"))
     if preset != own_preset():  # must not take the usual run's place

@@ -3187,7 +3187,7 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
     ("--backbone transformer --head-dim 12", "head_dim 12 does not divide"),
     ("--no-harmony --harmony-lr 1", "--harmony-lr means nothing with --no-harmony"),
     ("--no-harmony --harmony-lr 0", "--harmony-lr means nothing with --no-harmony"),
-    (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"), ("--run=", "--run names no folder"),
+    (f"--replay-device {ABSENT}", f"--replay-device {ABSENT}"),
     ("--eps 0", "--eps"), ("--temperature 0", "--temperature must be from 0.1"),
     ("--eps 1e-30", "--eps must be from 1e-20"), ("--horizon 65537", "1000"),
     ("--dream-from contexts --dreams 17000 --horizon 1000", "--dreams 17000 of --horizon 1000"),
@@ -3198,6 +3198,17 @@ ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 ])  # fmt: skip
 def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
     refused(capsys, tmp_path, [*TINY, "--run", str(tmp_path / "new"), *flags.split()], says)
+
+
+@pytest.mark.parametrize("argv, after", [
+    (["--run="], "--run="), (["--run", ""], "--run"), (["--eval", ""], "--eval"), ([""], "drama.py"),
+    (["--export", "a", ""], "a"), (["--watch", "a", "--out", ""], "--out"), (["--game="], "--game=")])
+def test_an_empty_word_is_not_the_current_folder(argv, after, tmp_path, capsys):
+    refused(capsys, tmp_path, argv, f"nothing stands after {after}: is a variable empty")
+    assert drama.Parser().parse([]) == {}  # but a game may have no arguments
+    parser = drama.Parser()
+    parser.add_settings("laptop", ["game_args"])
+    assert parser.parse(["--game-args", ""]) == parser.parse(["--game-args="]) == {"game_args": ""}
 
 
 @pytest.mark.parametrize("flags, name, value", [

@@ -42,19 +42,20 @@ def columns(path: Path, *names: str, empty: str = "") -> np.ndarray:
         return np.array(cells).reshape(-1, len(names))
 
 
-def learning_curve(folder: Path) -> tuple[str, np.ndarray, np.ndarray]:
-    """A run's game, its training scores and its evaluations: rows of (step, score)."""
+def learning_curve(folder: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
+    """A run's game and name, its training scores and its evaluations: rows of (step, score)."""
     if not (path := folder / "settings.json").exists():
         raise no_run(folder)
     with intact(path, "the run writes it anew when it goes on"):
         settings = json.loads(path.read_bytes())
         game = f"{settings['game']} {settings.get('game_args', '')}".strip()
+        rings = f", ○ at temperature {settings.get('temperature', 1):g}"
     points = columns(folder / "episodes.csv", "step", "score")
     if not len(points):
         raise Mistake(f"{folder} has not finished an episode yet.")
     tests = [kept_evaluation(path) for path in Folder(folder).numbered("evaluation", ".json")]
     tests = np.array([[step, np.mean(scores)] for step, scores in tests]).reshape(-1, 2)
-    return game, points, tests
+    return game, folder.resolve().name + rings * bool(len(tests)), points, tests
 
 
 def minutes(folder: Path) -> tuple[np.ndarray, bool]:
@@ -148,7 +149,7 @@ def check_place(path: Path, flag: str, ours: str = ""):
     remedy = f": {flag} names another place" if flag else ", and the result goes there"
     if path.exists() and not (ours and path.is_file()
                               and path.read_bytes().startswith(ours.encode("latin-1"))):
-        raise Mistake(f"{path} is there and was not written by this{remedy}.")
+        raise Mistake(f"{path} is there{' and was not written by this' * bool(ours)}{remedy}.")
     make_folder(path.parent, remedy)
 
 
@@ -167,13 +168,13 @@ def run_command(argv: list[str]):
              or [name] for name in asked["runs"]]  # not every shell knows what * means
     for folder in map(Path, itertools.chain(*found)):
         try:
-            game, points, tests = learning_curve(folder)
+            game, *run = learning_curve(folder)
             if asked["over"] == "minutes":
                 clock, cpu = minutes(folder)
                 clocked += [] if cpu else [str(folder)]
-                for marks in (points, tests):
+                for marks in run[1:]:
                     marks[:, 0] = np.interp(marks[:, 0], *clock.T)
-            panels.setdefault(game, []).append((folder.resolve().name, points, tests))
+            panels.setdefault(game, []).append(run)
         except Mistake as mistake:
             unfit.append(str(mistake).rstrip("."))
     if not panels:

@@ -109,9 +109,11 @@ def check(updates: int = 30):
 
 
 def run_command(argv: list[str]):
-    if not torch.cuda.is_available() and not {"-h", "--help"} & {*argv}:
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)
+    elif not torch.cuda.is_available():
         raise drama.Mistake("graphs need a CUDA GPU, and there is none.")
-    if argv == ["--check"]:
+    elif argv == ["--check"]:
         return check()
     launch_graphs()
     drama.run_command(argv)

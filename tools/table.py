@@ -5,7 +5,7 @@
     python -m tools.table runs --json scores       also in formats that others read, in a folder
 
 A run counts at its newest evaluation, by its own settings; without one, at its last save or row of
-metrics.csv. Runs of unequal steps or settings are not averaged: they are rows of their own, named
+its tables. Runs of unequal steps or settings are not averaged: they are rows of their own, named
 by the settings in which they differ from most runs of their preset. Published scores:
 results/atari100k.csv.
 """
@@ -56,8 +56,9 @@ def read_run(folder: Path) -> Run:
         curve = [(int(step), score) for step, score in episodes.tolist()]
         found = Folder(folder).numbered("evaluation", ".json")
         test, *before = [json.loads(path.read_bytes()) for path in found] or [dict(
-            step=max([int(columns(folder / "metrics.csv", "step").max(initial=0)),
-                      *map(step_of, Folder(folder).manifests())]),
+            step=max([int(columns(folder / f"{name}.csv", "step").max(initial=0))
+                      for name in ("metrics", "episodes")]
+                     + [*map(step_of, Folder(folder).manifests())]),
             scores=[], last_training_scores=[score for _, score in curve[-5:]])]
         scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
         scores = {name: np.array(values, float) for name, values in scores.items() if values}
@@ -263,6 +264,8 @@ def write_json(folder: Path, groups: dict):
         check_place(folder / name, "--json FOLDER", content[:4])
     for name, content in files.items():
         (folder / name).write_text(content, "utf-8")
+    if older := sorted({path.name for path in folder.glob("scores-*.json")} - {*files}):
+        print(f"older scores stay in {folder}: {', '.join(older)}", file=sys.stderr)
 
 
 NOTES = """\

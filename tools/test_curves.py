@@ -61,7 +61,8 @@ def test_curves_are_drawn_where_the_scores_are(place, capsys):
     assert dots(dot)[:-1] == [("177.5", "260.0"), ("285.0", "145.0"), ("500.0", "30.0")]
     line = [e.get("d") for e in dot.iter() if e.get("stroke-width") == "2"]
     assert line[0] == "M177.5 260.0L285.0 202.5L500.0 87.5"  # means of 0; 0, 10; 10, 20
-    assert words(dot)[:2] == ["Dot", "steps"] and words(dot)[-1] == "a"  # the folder's name
+    assert words(dot)[:2] == ["Dot", "steps"]
+    assert words(dot)[-1] == "a, ○ at temperature 0.5"  # the folder's name, the run's temperature
     assert words(dot)[2:-1] == ["0", "100", "200", "300", "400", "0", "5", "10", "15", "20"]
     assert {"Breakout", "steps (4 frames each)", "random 1.7", "human 30.5", "published Drama 7",
             "b & <c>"} <= set(words(breakout))
@@ -134,8 +135,9 @@ def test_no_tool_writes_over_a_file_that_is_not_its_own(tool, argv, file, run_fo
     fake.chdir(run_folder.parent)
     Path("run.npz").mkdir()
     before = contents(run_folder)
-    refused(capsys, tool.main, [*argv, f"run/{file}"], f"{file} is there and was not written by")
-    refused(capsys, tool.main, [*argv, "run.npz"], "run.npz is there and was not written by")
+    for name in (f"run/{file}", "run.npz"):
+        refused(capsys, tool.main, [*argv, name], f"{name} is there( and was not written by this)?: "
+                f"{argv[-1]} FILE")
     refused(capsys, tool.main, [*argv, f"run/{file}/a.npz"], f"{file} cannot be written to: ")
     fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(capsys, tool.main, [*argv, "new/a.npz"], f"new cannot be written to: {argv[-1]} FILE")

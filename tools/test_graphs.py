@@ -58,7 +58,8 @@ def test_without_a_GPU_graphs_are_refused(restored, capsys):
     assert capsys.readouterr().err == "tools.graphs: graphs need a CUDA GPU, and there is none.\n"
     with pytest.raises(SystemExit) as end:  # which needs none
         drama.command_line(graphs.run_command, ["--help"], "tools.graphs")
-    assert end.value.code == 0 and "--model-steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "tools.graphs --check" in out and "--model-steps" in out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -4,6 +4,7 @@ tools/atari100k.sbatch against a Slurm of three lines."""
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,9 +95,19 @@ def test_games_of_fewer_seeds_weigh_as_much():
 
 
 def test_a_run_without_an_evaluation_counts_at_its_last_save(tmp_path, capsys):
-    (make_run(tmp_path / "run", updated=900) / "save-001000.json").touch()
-    head, _, row, *_ = lines(capsys, tmp_path)
-    assert dict(zip(head, row))["steps"] == "1,000"
+    """Or at its last row of one of its tables: episodes end at 300, an update was at 900."""
+    folder = make_run(tmp_path / "run", updated=900)
+
+    def steps():
+        head, _, row, *_ = lines(capsys, tmp_path)
+        return dict(zip(head, row))["steps"]
+
+    assert steps() == "900"
+    (folder / "save-001000.json").touch()
+    assert steps() == "1,000"
+    with open(folder / "episodes.csv", "a") as file:
+        file.write("1200,4,100,0\n")
+    assert steps() == "1,200"
 
 
 def test_seeds_are_averaged_and_both_protocols_shown(tmp_path, capsys):
@@ -256,6 +267,16 @@ def test_json_is_in_the_formats_others_read(tmp_path, capsys):
     assert curves["atari_kung_fu_master", "1"] == dict(
         task="atari_kung_fu_master", method="drama laptop", seed="1", xs=[400, 800, 1200],
         ys=[1, 2, 3])
+
+
+def test_older_scores_beside_new_ones_are_named(tmp_path, capsys):
+    for name, step in ("a", 700), ("b", 900):
+        run = make_run(tmp_path / name, [(step, [9, 11])])
+        assert table.main([str(run), "--json", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"older scores stay in {tmp_path / 'out'}: ")
+    assert re.findall(r"[\w-]+\.json", err) == ["scores-laptop-700-evaluation.json",
+                                               "scores-laptop-700-training.json"]
 
 
 def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, capsys):
