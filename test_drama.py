@@ -3825,7 +3825,7 @@ def test_no_damage_to_an_agent_is_silent(exported, tmp_path):
 UNTIL = 64  # the last step of a tiny run
 STOPPED = 45  # between two rows of metrics, after a skipped update, inside a chunk and an episode
 SKIPPED = 44  # the step of that update
-SAVING = [*CONTEXTS, "--seed", "3", "--save-minutes", "0"]  # a save after every step
+SAVING = [*CONTEXTS, "--layers", "1", "--seed", "3", "--save-minutes", "0"]  # after every step
 
 
 class Enough(Exception):
