@@ -11,9 +11,10 @@ The time index, everywhere in this project (paper, figure 1 and algorithm 1):
     deterministic    d_t = f(z_<=t, a_<=t)            holds a_t
     read from d_t    z^_{t+1}, r^_t, e^_t             never from d_{t-1}
 
-z_t is sampled from the posterior of a real frame in play and at a dream's first step, and from the
-prior inside a dream. Because q looks at one frame only, a whole batch of windows is encoded,
-scanned and scored at once; scan.py does the scanning.
+^ marks a guess. q is the posterior, what a frame shows; z^_{t+1} comes from the prior, what d_t
+foresees. z_t is sampled from the posterior in play and at a dream's first step, and from the prior
+inside a dream. Because q looks at one frame only, a whole batch of windows is encoded, scanned and
+scored at once; scan.py does the scanning.
 
 Names: d is always d_t and d_past always d_{t-1}. Shapes: B batch, L length, N dreams, T horizon,
 K groups, C classes, Z = K * C, D width of d, F = Z + D, A actions. Losses: paper, equations 6 and
@@ -120,7 +121,7 @@ def mlp(d_input: int, hidden: int, layers: int, d_output: int) -> nn.Sequential:
 
 
 class ToCells(nn.Module):
-    """(B, C, side, side) -> (B, cells, features): side * side cells, or the image as one."""
+    """(B, channels, side, side) -> (B, cells, features): side * side, or the image as one."""
 
     def __init__(self, cells: int):
         super().__init__()
@@ -131,7 +132,7 @@ class ToCells(nn.Module):
 
 
 class ToImage(nn.Module):
-    """(B, cells, features) -> (B, C, side, side) in the layout of images."""
+    """(B, cells, features) -> (B, channels, side, side) in the layout of images."""
 
     def __init__(self, channels: int, side: int):
         super().__init__()
@@ -244,25 +245,16 @@ class Start(NamedTuple):
     first: Tensor  # (N,) bool: step t opens an episode, so d_past and state count as zero
 
 
-class Dream(NamedTuple):
-    """T imagined steps of N dreams, time first."""
-
-    z: Tensor  # (T + 1, N, K) indices of z_0 .. z_T
-    d_past: Tensor  # (T + 1, N, D) d_{-1} .. d_{T-1}
-    action: Tensor  # (T, N) a_0 .. a_{T-1}
-    reward: Tensor  # (T, N) expected r_t, read from d_t
-    end: Tensor  # (T, N) probability of e_t, read from d_t
-
-
 class Trajectory(NamedTuple):
-    """Real steps 0 .. T of B windows, time first: what the critic sees at each, and the outcomes of
-    all but the last."""
+    """Steps 0 .. T of N dreams or real windows, time first: what the agent sees at each, and what
+    came of all but the last."""
 
-    z: Tensor  # (T + 1, B, K) indices of z_t
-    d_past: Tensor  # (T + 1, B, D) d_{t-1}
-    reward: Tensor  # (T, B) r_t
-    end: Tensor  # (T, B) 1 where a_t ended the life, or the episode was cut off after it
-    truncated: Tensor  # (T, B) bool: the latter
+    z: Tensor  # (T + 1, N, K) indices of z_t
+    d_past: Tensor  # (T + 1, N, D) d_{t-1}
+    action: Tensor  # (T, N) a_t
+    reward: Tensor  # (T, N) r_t; in a dream its expectation, read from d_t
+    end: Tensor  # (T, N) e_t; in a dream its probability; also 1 where an episode was cut off
+    truncated: Tensor  # (T, N) bool: the latter; never in a dream
 
 
 class WorldModel(nn.Module):
@@ -372,7 +364,8 @@ class WorldModel(nn.Module):
         B, L = batch.action.shape
         posterior = self.posterior(self.images(batch.frame))  # (B * L, K, C)
         z = sample(posterior.detach())
-        latent = one_hot(z, self.classes) + (posterior - posterior.detach())  # straight through
+        # Straight through: the value is z, exactly; the gradient is that of its probabilities
+        latent = one_hot(z, self.classes) + (posterior - posterior.detach())
         image_loss = self.image_loss(self.decode(latent), batch)
 
         posterior, latent = posterior.unflatten(0, (B, L)), latent.unflatten(0, (B, L))
@@ -413,7 +406,8 @@ class WorldModel(nn.Module):
         windows themselves as a trajectory.
 
         A dream starts at the head of each of `count` pieces, from the state that the piece before
-        left; the first piece of a window has none before it and starts from zero.
+        left; the first piece of a window has none before it and starts from zero, as d_past does
+        there, even inside an episode.
         """
         B, L = batch.action.shape
         piece = B * L // count
@@ -434,7 +428,7 @@ class WorldModel(nn.Module):
         )
         truncated = batch.first[:, 1:] & (batch.terminal[:, :-1] == 0)
         end = batch.terminal[:, :-1] + truncated
-        steps = (z, d_past, batch.reward[:, :-1], end, truncated)
+        steps = (z, d_past, batch.action[:, :-1], batch.reward[:, :-1], end, truncated)
         return start, Trajectory(*(part.transpose(0, 1) for part in steps))
 
     @torch.no_grad()
@@ -448,7 +442,7 @@ class WorldModel(nn.Module):
         return Start(z[:, -1], d[:, -1], state, batch.first[:, -1])
 
     @torch.no_grad()
-    def imagine(self, start: Start, horizon: int, policy) -> Dream:
+    def imagine(self, start: Start, horizon: int, policy) -> Trajectory:
         """Dream `horizon` steps on; `policy(t, z, d_past)`: (N, K), (N, D) -> actions (N,).
 
         Reward and end are read from d_t, which holds a_t, not from the feature before it (D2).
@@ -465,7 +459,8 @@ class WorldModel(nn.Module):
         d_past = torch.stack(ds)  # (T + 1, N, D)
         reward = self.two_hot.mean(self.reward_head(d_past[1:]))  # shifted by one, these are d_t
         end = self.end_head(d_past[1:]).float().squeeze(-1).sigmoid()
-        return Dream(torch.stack(zs), d_past, torch.stack(actions), reward, end)
+        truncated = torch.zeros_like(end, dtype=torch.bool)
+        return Trajectory(torch.stack(zs), d_past, torch.stack(actions), reward, end, truncated)
 
 
 @torch.no_grad()
@@ -573,37 +568,40 @@ class ActorCritic(nn.Module):
         """z_t (N, K), d_{t-1} (N, D) -> actions (N,), drawn from pi at this temperature."""
         return sample(self.policy(self.features(z, d_past), temperature))
 
-    def critic_loss(self, features: Tensor, reward: Tensor, end: Tensor, truncated=None):
-        """s_0 .. s_T (T + 1, N, F), outcomes of T steps (T, N) -> the critic's loss (T, N), its
-        values (T + 1, N) and the returns (T, N).
+    def critic_loss(self, features: Tensor, steps: Trajectory):
+        """s_0 .. s_T (T + 1, N, F) and their outcomes -> the critic's loss (T, N), its values
+        (T + 1, N) and the returns (T, N).
 
-        After the last step, and where the episode was `truncated` (T, N), the critic's own value
-        stands in for what is not known; truncated steps have no loss.
+        Its targets are the returns by its own values and by those of its slow copy, a running
+        average that steadies it. After the last step, and where the episode was truncated, its
+        value stands in for what is not known; truncated steps have no loss.
         """
         logits = self.critic(features[:-1])  # (T, N, bins)
 
         def returns_from(value):
-            known = reward if truncated is None else torch.where(truncated, value[:-1], reward)
-            return lambda_return(known, end, value, self.gamma, self.lambda_)
+            reward = torch.where(steps.truncated, value[:-1], steps.reward)
+            return lambda_return(reward, steps.end, value, self.gamma, self.lambda_)
 
         with torch.no_grad():
             value = self.two_hot.mean(torch.cat([logits, self.critic(features[-1:])]))
             returns = returns_from(value)
             slow_returns = returns_from(self.two_hot.mean(self.slow_critic(features)))
-        loss = self.two_hot.loss(logits, returns, slow_returns)
-        return loss if truncated is None else loss * ~truncated, value, returns
+        loss = self.two_hot.loss(logits, returns, slow_returns) * ~steps.truncated
+        return loss, value, returns
 
-    def loss(self, dream: Dream, trajectory: Trajectory | None = None) -> tuple[Tensor, dict]:
+    def loss(self, dream: Trajectory, real: Trajectory | None = None) -> tuple[Tensor, dict]:
         """Dreams of T steps, and real ones if the critic learns from them -> loss and metrics.
 
-        Every step is weighted by the chance that the dream gets that far: the ends it foresees are
-        neither ignored nor rounded (P7).
+        The actor learns by REINFORCE: an action becomes likelier by its advantage, what it earned
+        beyond the critic's guess, which has no gradient; the entropy keeps it trying. Every step is
+        weighted by the chance that the dream gets that far: the ends it foresees are neither
+        ignored nor rounded (P7).
         """
         features = self.features(dream.z, dream.d_past)  # (T + 1, N, F)
         alive = torch.cumprod(1 - dream.end, 0)  # (T, N): after step t
         weight = torch.cat([torch.ones_like(alive[:1]), alive[:-1]])  # (T, N): up to step t
 
-        critic_loss, value, returns = self.critic_loss(features, dream.reward, dream.end)
+        critic_loss, value, returns = self.critic_loss(features, dream)
         scale = self.return_range.update(returns).clamp(min=self.range_floor)
         advantage = (returns - value[:-1]) / scale
 
@@ -627,10 +625,9 @@ class ActorCritic(nn.Module):
             dream_end=dream.end.mean(),
             advantage=advantage.abs().mean(),
         )
-        if trajectory is not None:
-            z, d_past, *outcomes = trajectory
-            real_loss, real_value, real_returns = self.critic_loss(
-                self.features(z, d_past), *outcomes)
+        if real is not None:
+            real_features = self.features(real.z, real.d_past)
+            real_loss, real_value, real_returns = self.critic_loss(real_features, real)
             total = total + self.replay_critic * real_loss.mean()
             metrics |= dict(replay_critic_loss=real_loss.mean(), replay_value=real_value.mean(),
                             replay_return=real_returns.mean())
@@ -767,17 +764,15 @@ class LaProp(torch.optim.Optimizer):
             gradient = [torch.where(good > 0, p.grad, 0.0) for p in params]
             torch._foreach_add_(steps, [good] * len(steps))  # a scalar would be read by the host
             k = steps[0].clamp(min=1)  # one for all: they all learn in every update
-            new1, new2 = (good * (1 - b) for b in group["betas"])  # shares of what is new
+            new1, new2 = ([good * (1 - b)] * len(params) for b in group["betas"])  # shares
             grown1, grown2 = (-torch.expm1(k * math.log(b)) for b in group["betas"])  # 1 - b^k
-            torch._foreach_mul_(v, 1 - new2)
-            torch._foreach_addcmul_(v, gradient, gradient, value=1 - group["betas"][1])
+            torch._foreach_lerp_(v, torch._foreach_mul(gradient, gradient), new2)
             scale = torch._foreach_div(v, grown2)
             torch._foreach_sqrt_(scale)
             torch._foreach_add_(scale, group["eps"])
             torch._foreach_div_(gradient, scale)
-            torch._foreach_mul_(gradient, new1 * group["lr"])
-            torch._foreach_mul_(m, 1 - new1)
-            torch._foreach_add_(m, gradient)
+            torch._foreach_mul_(gradient, group["lr"])
+            torch._foreach_lerp_(m, gradient, new1)
             torch._foreach_add_(params, torch._foreach_mul(m, -good / grown1))
 
 

@@ -16,9 +16,9 @@ tau is in draws: a window drawn tau times more than another is e times less like
 `trained` and `dreamed` are compared in like units: a step draws more dreams than training windows,
 so `dreamed` is divided by that ratio.
 
-The second half, which keeps a run from being lost, may be skipped. A run's state is any containers
-of tensors and numbers there; all it knows of games and networks is what older saves called them
-and, at its end, known scores. Read next: agent.py, which learns from the batches.
+What follows the replay keeps a run from being lost, and may be skipped. A run's state is any
+containers of tensors and numbers there; all it knows of games and networks is what older saves
+called them and, at its end, known scores. Read next: agent.py, which learns from the batches.
 """
 
 import contextlib
@@ -208,7 +208,7 @@ def in_one_sentence(what: str):
             yield
     except Mistake:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         at, kind = traceback.extract_tb(error.__traceback__)[-1], type(error).__name__
         words = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
         place = f"{Path(at.filename).name}, line {at.lineno}"
@@ -510,7 +510,7 @@ class Folder:
         self.path, self.lock, self.saved_step = path, None, 0
         self.chunks = {}  # replay files on the disk: name -> SHA-256
         self.tables = {}  # name -> all of NAME.csv as text
-        self.unwritten = {}  # name -> rows that found their table locked
+        self.written = {}  # name -> how much of that text this process has written
 
     def numbered(self, kind: str, suffix: str) -> list[Path]:
         """Files such as save-000500.json, newest first. Copies under other names are not ours."""
@@ -581,18 +581,15 @@ class Folder:
         if new := [column for column in row if column not in header]:  # an older version's header
             lines, header = text.splitlines()[1:], header + new
             text = "\n".join([",".join(header), *(line + "," * len(new) for line in lines), ""])
-            write_file(self.path / f"{name}.csv", text.encode())
-            self.unwritten.pop(name, None)
-        line = ",".join(in_digits(row.get(column, "")) for column in header) + "\n"
-        begun = name in self.tables  # else a file of that name is what a kill left behind
-        waiting = self.unwritten.pop(name, "" if begun else text)
-        path, self.tables[name] = self.path / f"{name}.csv", text + line
+            self.written.pop(name, None)
+        text += ",".join(in_digits(row.get(column, "")) for column in header) + "\n"
+        path, begun, self.tables[name] = self.path / f"{name}.csv", self.written.get(name, 0), text
         try:
             with open(path, "a" if begun else "w") as file:
-                file.write(waiting + line)
+                file.write(text[begun:])
+            self.written[name] = len(text)
         except OSError as error:
             error.filename = str(path)  # a write that fails does not name it
-            self.unwritten[name] = waiting + line
             if os.name == "posix" or not isinstance(error, PermissionError):
                 raise  # on Windows a spreadsheet may have it open: written with the next row
 
@@ -600,6 +597,7 @@ class Folder:
         """Write tables as saved: rows newer than the save will come again."""
         for name, text in self.tables.items():
             write_file(self.path / f"{name}.csv", text.encode())
+            self.written[name] = len(text)
 
     def save(self, step: int, state: dict, replay: Replay, settings: dict, **about):
         """Replay files, state, manifest, in this order; then drop what the last two do not need."""
@@ -710,11 +708,16 @@ def steps_of(state: dict, files: dict[str, bytes], count: int = sys.maxsize):
     yield tree_map(Tensor.numpy, state["newest"])
 
 
-def kept_evaluation(path: Path) -> tuple[int, list[float]]:
-    """Step and scores of an evaluation on the disk."""
+def kept_evaluation(path: Path) -> dict:
+    """An evaluation on the disk: its step, scores, and what else there is."""
     with intact(path, "delete it, and --eval makes a new one"):
-        kept = json.loads(path.read_bytes())
-        return int(kept["step"]), [float(score) for score in kept["scores"]]
+        kept = dict(last_training_scores=[]) | json.loads(path.read_bytes())
+        lists = kept["scores"], kept["last_training_scores"]
+        if type(kept["step"]) is not int or {type(scores) for scores in lists} != {list}:
+            raise TypeError
+        if not all(map(math.isfinite, sum(lists, []))):
+            raise ValueError
+        return kept
 
 
 def no_run(path: Path) -> Mistake:
@@ -770,9 +773,9 @@ def newest_score(source: Path, about: dict, state: dict) -> dict | None:
     """Of what `load_run` found, the last evaluation's mean, its error, episodes and step."""
     for path in Folder(source).numbered("evaluation", ".json"):
         if step_of(path) <= state["step"]:  # later ones are of a save that was lost
-            step, scores = kept_evaluation(path)
-            mean, error = mean_and_error(scores)
-            return dict(mean=mean, error=error, episodes=len(scores), step=step)
+            kept = kept_evaluation(path)
+            mean, error = mean_and_error(kept["scores"])
+            return dict(mean=mean, error=error, episodes=len(kept["scores"]), step=kept["step"])
     return about.get("score")  # an exported agent brings it along
 
 

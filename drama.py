@@ -376,15 +376,15 @@ def update_world_model(run: Run, batch: Batch):
 def update_agent(run: Run, batch: Batch, good: Tensor):
     """One update of actor and critic, if the model's was `good`, in dreams from its batch or after
     the contexts of another -> metrics, whether it was taken. It dreams in the model that plays."""
-    s, model, agent, trajectory = run.settings, run.playing_model, run.agent, None
+    s, model, agent, real = run.settings, run.playing_model, run.agent, None
     buffers = [buffer.clone() for buffer in agent.buffers()]
     with run.autocast():
         if s.dream_from == "contexts":
             start = model.starts_from_contexts(batch)
         else:
-            start, trajectory = model.starts_from_batch(batch, model.encode(batch.frame), s.dreams)
+            start, real = model.starts_from_batch(batch, model.encode(batch.frame), s.dreams)
         dream = model.imagine(start, s.horizon, lambda t, z, d_past: agent.act(z, d_past))
-        loss, metrics = agent.loss(dream, trajectory if s.replay_critic else None)
+        loss, metrics = agent.loss(dream, real if s.replay_critic else None)
     norm, good = take_step(agent, run.agent_optimizer, loss, s.agent_max_grad_norm, buffers, good)
     follow(agent.slow_critic, agent.critic, good * (1 - s.slow_decay))
     return metrics | dict(agent_norm=norm), good
@@ -536,7 +536,7 @@ def save(run: Run, folder: Folder):
     folder.save(run.step, state_of(run), run.replay, asdict(s), threads=torch.get_num_threads(),
                 device=str(run.device))
     if run.step >= PICTURE_STEPS:
-        episode = run.replay["first"].cpu().numpy().cumsum()
+        episode = run.replay["first"].numpy().cumsum()
         within = episode[: 1 - PICTURE_STEPS] == episode[PICTURE_STEPS - 1 :]
         windows = np.flatnonzero(within == within.max())  # in one episode, if any is long enough
         window = reseed(s.seed, run.step, "picture").choice(windows, size=1)
@@ -609,8 +609,8 @@ def make_player(s: Settings, model, agent, games: int = 1, act_on: str = "poster
     return Player(model, agent, games, oldest, act_on, temperature)
 
 
-def evaluate(s: Settings, player: Player) -> list[dict]:
-    """Full episodes, one per copy, side by side, with sampled actions: seed, score and length.
+def evaluate(s: Settings, player: Player) -> dict[str, list]:
+    """Full episodes, one per copy, side by side, with sampled actions: scores, lengths and seeds.
 
     Every episode that began counts: the first to finish are not the typical ones (D9). The game
     is set up as in training (D14). Ctrl-C ends it early, with the episodes that are over by then.
@@ -630,15 +630,19 @@ def evaluate(s: Settings, player: Player) -> list[dict]:
                                     f"for {idle} steps", refresh=False)
         except KeyboardInterrupt:
             print(f"ended early: {over.sum()} of {copies} episodes were over, and only they count")
-    return [dict(seed=int(seeds[i]), score=float(score[i]), length=int(length[i]))
-            for i in np.flatnonzero(over)]
+    return {name: column[over].tolist() for name, column in
+            dict(scores=score, lengths=length, seeds=seeds).items()}
 
 
 def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
     """Evaluate, write the result to `path`, and print the table that closes a run."""
-    held = len(kept_evaluation(path)[1]) if path.exists() else 0
-    episodes, last, known = evaluate(s, player), state["scores"][-5:], known_scores().get(s.game)
-    scores = [episode["score"] for episode in episodes]
+    about = dict(game=s.game, preset=s.preset, seed=s.seed)
+    kept = kept_evaluation(path) if path.exists() else dict(scores=[])
+    if about != {name: kept.get(name, value) for name, value in about.items()}:
+        raise Mistake(f"{path} is of another agent: --out DIR names another place.")
+    held = len(kept["scores"])
+    played, last, known = evaluate(s, player), state["scores"][-5:], known_scores().get(s.game)
+    scores = played["scores"]
     keep = len(scores) >= max(held, s.eval_episodes)  # all episodes, and no fewer than the file has
     digits = 1 if max(map(abs, scores + last), default=0) >= 100 else 3
     table = {"game": s.game, "steps trained": f"{state['step']:,}",
@@ -665,11 +669,9 @@ def evaluate_and_report(s: Settings, player: Player, state: dict, path: Path):
         table["random play here"] = "{:,g}, standard error {:,g}".format(*measured)
     try:
         if keep:
-            lists = {f"{name}s": [each[name] for each in episodes] for name in ("length", "seed")}
             write_json(path, dict(
-                game=s.game, preset=s.preset, seed=s.seed, step=state["step"], steps=s.steps,
-                scores=scores, **lists, act_on=player.act_on, temperature=player.temperature,
-                last_training_scores=last, versions=versions()))
+                **about, step=state["step"], steps=s.steps, **played, act_on=player.act_on,
+                temperature=player.temperature, last_training_scores=last, versions=versions()))
     finally:  # show it in any case: it may have taken an hour
         print("\n".join(f"  {name:<17} {value}" for name, value in table.items()))
     if not keep:
@@ -688,7 +690,7 @@ def watch(s: Settings, player: Player, path: Path, limit: int = 2000):
     reseeding = functools.partial(reseed, s.seed, purpose="test")
     moves = player.play(game, episode_seeds(s.seed, 1, "test"), reseeding, limit)
     try:
-        for move in show_progress(desc="playing", total=limit, iterable=moves):
+        for move in show_progress(desc=f"at most {limit:,} steps", iterable=moves):
             film.append(packed(game.picture()))
             score += float(move.reward[0])
             if display:
@@ -757,7 +759,8 @@ class GymnasiumGame:
 
     def __init__(self, make, copies: int = 1, action_repeat: int = 1):
         self.envs, self.action_repeat = [make()], action_repeat
-        actions, seen = self.envs[0].action_space, self.envs[0].observation_space
+        with in_one_sentence("the game fails"):
+            actions, seen = self.envs[0].action_space, self.envs[0].observation_space
         if not isinstance(actions, spaces.Discrete):
             raise Mistake(f"the game's actions are {type(actions).__name__}, and only Discrete is "
                           "learned; some games have that too: continuous=False (CarRacing), "
@@ -801,7 +804,8 @@ class GymnasiumGame:
 
     @in_one_sentence("the game fails")
     def reset(self, seeds) -> np.ndarray:
-        seen = [env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)]
+        seen = [picture for env, seed in zip(self.envs, seeds, strict=True)
+                for picture, _ in [env.reset(seed=int(seed))]]
         self.frames = np.stack([self.frame_of(copy, each) for copy, each in enumerate(seen)])
         self.steps, (self.terminal, self.done) = 0, np.zeros((2, len(seen)), bool)
         return self.frames.copy()
@@ -966,8 +970,8 @@ class Parser(argparse.ArgumentParser):
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                options |= dict(type=whole_numbers if kind is tuple else kind,
-                                choices=choices or None, metavar="|".join(choices) or
+                read = game_title if f.name == "game" else whole_numbers if kind is tuple else kind
+                options |= dict(type=read, choices=choices or None, metavar="|".join(choices) or
                                 ("N,N,..." if kind is tuple else kind.__name__.upper()))
             group.add_argument(flag(f.name), **options)
 
@@ -1014,14 +1018,12 @@ def new_settings(flags: dict) -> tuple[Settings, torch.device, str]:
     s = without_effect(s, flags)
     torch.set_num_threads(s.threads or torch.get_num_threads())  # before precisions are timed
     precision = fast_precision(device) if s.precision == "auto" else s.precision
-    return replace(s, game=game_title(s.game), precision=precision), device, why
+    return replace(s, precision=precision), device, why
 
 
 def resumed_settings(flags: dict, manifest: dict, path: Path) -> Settings:
     """The run's own settings; a flag must agree with them, but for the few that may change."""
     s = settings_of(manifest)
-    if "game" in flags:
-        flags["game"] = game_title(flags["game"])
     if flags.get("precision") == "auto":  # what auto means was settled when the run began
         del flags["precision"]
     for name, value in flags.items():
@@ -1056,7 +1058,7 @@ def introduce(run: Run, why: str, path: Path):
 
 def train_command(flags: dict):
     """Begin a run, or go on with the one in the folder, to its end and an evaluation."""
-    title = re.sub(r"[^\w.-]+", "-", game_title(flags.get("game", Settings.game)))
+    title = re.sub(r"[^\w.-]+", "-", flags.get("game", Settings.game))
     preset = flags.get("preset") or own_preset(flags.get("device", "auto"))
     if preset != own_preset():  # must not take the usual run's place
         title += f"-{preset}"
@@ -1072,7 +1074,7 @@ def train_command(flags: dict):
             s, device, why = new_settings(flags)
         result = folder.path / f"evaluation-{s.steps:06d}.json"
         if resuming and manifest["step"] == s.steps and result.exists():
-            _, scores = kept_evaluation(result)
+            scores = kept_evaluation(result)["scores"]
             if len(scores) >= s.eval_episodes:
                 return print(f"finished: {s.preset}, {s.steps:,} steps, mean score "
                              f"{np.mean(scores):,.9g}, episodes: {len(scores)} ({result}). More "
@@ -1083,20 +1085,18 @@ def train_command(flags: dict):
             restore(run, state)
         weights = sum(p.numel() for net in (run.model, run.agent) for p in net.parameters())
         folder.check_room(s.steps - run.step, weights, new=not resuming)
+        if not resuming:
+            folder.open_for_writing(new=True)
         try:
             if resuming:
                 folder.rewrite_tables()
             else:
-                folder.open_for_writing(new=True)
                 save(run, folder)
             introduce(run, why, folder.path)
             with StopSignal() as stop:
-                try:
-                    train(run, folder, stop)
-                except Mistake as error:  # the game's, in the middle of a run
-                    raise Stopped(f"{error} {folder.kept()}") from None
-        except OSError as error:
-            raise Stopped(f"{reason(error)}. {folder.kept()}") from None
+                train(run, folder, stop)
+        except (Mistake, OSError) as error:  # the game's or the disk's, in the middle of a run
+            raise Stopped(f"{reason(error).rstrip('.')}. {folder.kept()}") from None
         player = make_player(s, run.playing_model, run.playing_agent, s.eval_episodes,
                              temperature=s.temperature)
         evaluate_and_report(s, player, state_of(run), result)

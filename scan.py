@@ -83,16 +83,19 @@ def in_parallel(scan, x, dt, B, C, *rest, state, reset, every):
     """What S6 and SSD have in common: nothing passes a reset, not even NaN or infinity.
 
     They multiply what lies before a reset by 0, which does not rid them of a NaN. So a step with a
-    part that is not finite, or is beyond 1e19 and might overflow on the way, is `lost`, and so is
-    all that has seen it, up to the next reset: the scans take it out and return NaN in its place.
+    part that is not finite, or with |x| |dt| |B| + |C| beyond 1e30, which might overflow on the
+    way, is `lost`, and so is all that has seen it, up to the next reset: the scans take it out and
+    return NaN in its place.
     """
     check_sizes(x, every)
     state = x.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(x.dtype)
     reset = x.new_zeros(x.shape[:2], dtype=torch.bool) if reset is None else reset
     with torch.no_grad():
-        *written, read, carried = (torch.linalg.vector_norm(part, dim=tuple(range(2, part.dim())))
-                                   for part in (x, dt, B, C, state[:, None]))
-        bad = ~(torch.cat([carried, math.prod(written) + read], 1) < HUGE)  # (B, 1 + L), also NaN
+        x_norm, dt_norm, B_norm, C_norm, carried = (
+            torch.linalg.vector_norm(part, dim=tuple(range(2, part.dim())))  # (B, L), and (B, 1)
+            for part in (x, dt, B, C, state[:, None]))
+        norms = torch.cat([carried, x_norm * dt_norm * B_norm + C_norm], 1)
+        bad = ~(norms < HUGE)  # (B, 1 + L), also where NaN
         seen = bad.cumsum(1)
         lost = seen[:, 1:] > (seen[:, :-1] * reset).cummax(1).values  # more than at the last reset
     y, states = scan.apply(x, dt, B, C, *rest, state, reset, lost, every)
@@ -114,7 +117,7 @@ def in_blocks(tensor, K, Q):
 def s6_step(x, dt, A, B, C, D, h, reset=None, every=None):
     """x, dt (B, W); A (W, N); B, C (B, N); D (W); h (B, W, N); reset (B) -> y (B, W), h
 
-    `every` is there because `mix` calls all forms alike: one step has no pieces.
+    `every` is there because a layer calls both forms alike: one step has no pieces.
     """
     if reset is not None:
         h = torch.where(reset[:, None, None], 0, h)
@@ -227,7 +230,7 @@ class S6(torch.autograd.Function):
         x, dt, A, B, C, D, reset, kept = ctx.saved_tensors
         (batch, length, W), (K, Q, keep) = x.shape, ctx.plan
         dt_k, fade, write, A_t, B_k, C_k = S6.blocks(ctx, x, dt, A, B, C, reset)
-        lost = 0 * (gy.sum() + gstates.sum())  # NaN if a gradient is not finite: gD shows it
+        spoilt = 0 * (gy.sum() + gstates.sum())  # NaN if a gradient is not finite: gD shows it
         gy, gstates = finite(gy), finite(gstates).transpose(2, 3)
         gy_k, gwrite, gdt = in_blocks(gy, K, Q), torch.empty_like(write), torch.empty_like(write)
         fade_t, gy_t, write_t, dt_t, gdt_t, B_t, C_t = S6.steps((fade, gy_k, write, dt_k, gdt),
@@ -267,7 +270,7 @@ class S6(torch.autograd.Function):
         gwrite, gdt, gB, gC = (g_k.view(batch, K * Q, -1)[:, :length]
                                for g_k in (gwrite, gdt, gB, gC))
         gx, gdt = torch.addcmul(gy * D, gwrite, dt), torch.addcmul(gdt, gwrite, x)
-        gD = (gy * finite(x)).sum((0, 1)) + lost
+        gD = (gy * finite(x)).sum((0, 1)) + spoilt
         return gx, gdt, gB, gC, gA.sum(0).t(), gD, gends_k[:, 0].transpose(1, 2), None, None, None
 
 
@@ -409,8 +412,8 @@ class SSD(torch.autograd.Function):
         dt, B, C, rate, own, reset, inputs = ctx.saved_tensors
         (K, batch, H, Q), N, P = dt.shape, B.shape[-1], inputs.shape[-1]
         inputs, piece, blocks = inputs[:K], ctx.piece, ctx.blocks
-        lost = 0 * gy.sum((2, 3))  # (B, L), NaN where a gradient is not finite: gown shows it
-        lost[:, piece - 1::piece] += 0 * gstates.sum((2, 3, 4))
+        spoilt = 0 * gy.sum((2, 3))  # (B, L), NaN where a gradient is not finite: gown shows it
+        spoilt[:, piece - 1::piece] += 0 * gstates.sum((2, 3, 4))
         gstates = finite(gstates)
         decays, enter, leave, through = ssd_decays(rate, reset)
         between = decays[..., 1:, :]
@@ -453,7 +456,7 @@ class SSD(torch.autograd.Function):
         gC = gscores.mT @ B + (gread.mT * enter[..., None]).sum_to_size(C.shape)
         gx, gdt, gB, gC, grate, gown = (SSD.join(g, ctx.length)
                                         for g in (gx, gdt, gB, gC, grate, gown))
-        return gx, gdt, gB, gC, grate, gown + lost[..., None], gfirst.mT, None, None, None
+        return gx, gdt, gB, gC, grate, gown + spoilt[..., None], gfirst.mT, None, None, None
 
 
 # ---- The layers ----------------------------------------------------------------------------------
@@ -555,23 +558,6 @@ def causal_conv_step(x_t, conv1d, past, reset=None, every=None):
     return F.silu(y), seen[:, 1:].transpose(1, 2)
 
 
-def whole_sequence(layer, u, state=None, reset=None, every=None):
-    """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state: the forward of a Mamba."""
-    state = layer.initial_state(len(u)) if state is None else state
-    y, state = layer.mix(layer.in_proj(u), state, reset, every)
-    return layer.out_proj(y), state
-
-
-def one_step(layer, u_t, state, reset=None):
-    """u_t (B, d_model), reset (B) -> y_t (B, d_model), state: by the layer's functions for one step
-    or, if it has none, by its forward."""
-    if hasattr(layer, "by_step"):
-        y_t, state = layer.mix(layer.in_proj(u_t), state, reset, None, *layer.by_step)
-        return layer.out_proj(y_t), state
-    y, state = layer(u_t[:, None], state, None if reset is None else reset[:, None])
-    return y[:, 0], state
-
-
 def initial_step_bias(count):
     """softplus of it is log-uniform in [1e-3, 1e-1]: memories from ten steps to a thousand."""
     dt = torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -616,15 +602,18 @@ class Mamba(nn.Module):
         (channels, _, d_conv), zeros = self.conv1d.weight.shape, self.D.new_zeros
         return State(zeros(batch, channels, d_conv - 1), zeros(batch, *self.A_log.shape))
 
-    forward, step, by_step = whole_sequence, one_step, (causal_conv_step, s6_step)
-
-    def mix(self, projected, state, reset, every, conv=causal_conv, scan=s6):
-        x, gate = projected.chunk(2, -1)  # (B, L, W)
+    def forward(self, u, state=None, reset=None, every=None):
+        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state; of one step: without L"""
+        conv, scan = (causal_conv, s6) if u.dim() == 3 else (causal_conv_step, s6_step)
+        state = self.initial_state(len(u)) if state is None else state
+        x, gate = self.in_proj(u).chunk(2, -1)  # (B, L, W)
         x, recent = conv(x, self.conv1d, state.recent, reset, every)  # (B, L, W)
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
         dt = F.softplus(F.linear(dt, self.dt_proj.weight) + self.dt_proj.bias)  # (B, L, W)
         y, memory = scan(x, dt, -self.A_log.exp(), B, C, self.D, state.memory, reset, every)
-        return y * F.silu(gate), State(recent, memory)
+        return self.out_proj(y * F.silu(gate)), State(recent, memory)
+
+    step = forward
 
 
 class Mamba2(nn.Module):
@@ -654,16 +643,19 @@ class Mamba2(nn.Module):
         memory = zeros(batch, len(self.D), self.sizes[1], self.head_dim).mT  # as ssd leaves it
         return State(zeros(batch, channels, d_conv - 1), memory)
 
-    forward, step, by_step = whole_sequence, one_step, (causal_conv_step, ssd_step)
-
-    def mix(self, projected, state, reset, every, conv=causal_conv, scan=ssd):
-        gate, xBC, dt = projected.split(self.parts, -1)  # (B, L, W), (B, L, W + 2 N), (B, L, H)
+    def forward(self, u, state=None, reset=None, every=None):
+        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state; of one step: without L"""
+        conv, scan = (causal_conv, ssd) if u.dim() == 3 else (causal_conv_step, ssd_step)
+        state = self.initial_state(len(u)) if state is None else state
+        gate, xBC, dt = self.in_proj(u).split(self.parts, -1)  # (B, L, W) (.., W + 2 N) (.., H)
         xBC, recent = conv(xBC, self.conv1d, state.recent, reset, every)
         x, B, C = xBC.split(self.sizes, -1)
         x, dt = x.unflatten(-1, (-1, self.head_dim)), F.softplus(dt + self.dt_bias)
         y, memory = scan(x, dt, -self.A_log.exp(), B, C, self.D, state.memory, reset, every)
         y = GatedNorm.apply(y.flatten(-2), gate, self.norm.weight, self.norm.eps)  # (B, L, W)
-        return y, State(recent, memory)
+        return self.out_proj(y), State(recent, memory)
+
+    step = forward
 
 
 def rotate(x, angle, dim=-1):
@@ -702,11 +694,11 @@ class Mamba3(nn.Module):
         (_, width, N, *_), zeros = self.sizes, self.D.new_zeros  # recent: the last x and B
         return State(zeros(batch, width + N), zeros(batch, len(self.D), N, self.head_dim).mT)
 
-    forward = whole_sequence
-
-    def mix(self, projected, state, reset, every):
-        check_sizes(projected, every)
-        gate, x, key, B, C, now, later, rate, turn = self.scan_inputs(projected)
+    def forward(self, u, state=None, reset=None, every=None):
+        """u (B, L, d_model), reset (B, L) -> y (B, L, d_model), state"""
+        check_sizes(u, every)
+        state = self.initial_state(len(u)) if state is None else state
+        gate, x, key, B, C, now, later, rate, turn = self.scan_inputs(u)
         last = slice((every or x.shape[1]) - 1, None, every or x.shape[1])  # of every piece
         (before, memory), recent = state, torch.cat([x.flatten(2)[:, last], key[:, last]], -1)
         own, angle = self.D + now * (B * C).sum(-1), finite(turn).cumsum(1)
@@ -721,11 +713,11 @@ class Mamba3(nn.Module):
         memory = memory - outer(later[:, last], x[:, last], B[:, last])
         memory = self.turned(memory, -angle[:, last, :, None])
         after = State(recent, memory) if every else State(recent[:, 0], memory[:, 0])
-        return y.flatten(2) * F.silu(gate), after
+        return self.out_proj(y.flatten(2) * F.silu(gate)), after
 
     def step(self, u_t, state, reset=None):
         """u_t (B, d_model), reset (B) -> y_t (B, d_model), state"""
-        gate, x, key, B, C, now, later, rate, turn = self.scan_inputs(self.in_proj(u_t))
+        gate, x, key, B, C, now, later, rate, turn = self.scan_inputs(u_t)
         before = self.by_head(*state.recent.split(self.sizes[1:3], -1))
         h = state.memory + outer(later, *before)  # (B, H, P, N)
         if reset is not None:
@@ -735,10 +727,10 @@ class Mamba3(nn.Module):
         state = State(torch.cat([x.flatten(1), key], -1), h)
         return self.out_proj(y.flatten(1) * F.silu(gate)), state
 
-    def scan_inputs(self, projected):
+    def scan_inputs(self, u):
         """-> gate (B, L, W), x (B, L, H, P), key (B, L, N), B, C (B, L, H, N); what a step writes
         of its own input, what of the one before, and its rate (B, L, H); its turn (B, L, H, n)"""
-        gate, x, *rest = projected.split(self.sizes, -1)
+        gate, x, *rest = self.in_proj(u).split(self.sizes, -1)
         x, B, C, dt, A, share, angle = at_least_float32(x, *rest)
         dt, share, key = F.softplus(dt + self.dt_bias), share.sigmoid(), self.B_norm(B)
         A = -(A.clamp(min=0) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)  # smooth, and below 0
@@ -760,6 +752,12 @@ class Mamba3(nn.Module):
 def outer(amount, x, B):
     """(..., H), (..., H, P), (..., H, N) -> (..., H, P, N)"""
     return (amount[..., None] * x)[..., None] * B[..., None, :]
+
+
+def one_step(layer, u_t, state, reset=None):
+    """u_t (B, d_model), reset (B) -> y_t (B, d_model), state: a sequence of one step."""
+    y, state = layer(u_t[:, None], state, None if reset is None else reset[:, None])
+    return y[:, 0], state
 
 
 class GRU(nn.Module):
@@ -808,7 +806,8 @@ class Transformer(nn.Module):
 
     def __init__(self, d_model, layers=1, *, head_dim=64, length=128):
         super().__init__()
-        if head_dim % 2 or not heads_of(d_model, head_dim):
+        heads_of(d_model, head_dim)  # which raises if it does not divide
+        if head_dim % 2:
             raise ValueError(f"head_dim {head_dim} is odd, but positions turn pairs")
         self.head_dim, self.length = head_dim, length
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)  # queries keys values

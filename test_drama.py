@@ -52,7 +52,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import buffer
 import drama
 import scan
-from agent import ActorCritic, BatchNorm, BatchRenorm, Dream, Player, ReturnRange, Start, ToPixels
+from agent import ActorCritic, BatchNorm, BatchRenorm, Player, ReturnRange, Start, ToPixels
 from agent import Trajectory, TwoHot, WorldModel, follow, lambda_return, make_optimizer, sample
 from agent import take_step
 from buffer import Batch, Folder, Mistake, Replay, gumbel_top_k
@@ -1424,6 +1424,7 @@ def test_the_trajectory_of_a_batch_holds_what_the_actor_saw_and_what_came_of_it(
         d, _ = model.sequence(tokens(z[b], batch.action[b])[None], reset=batch.first[b : b + 1])
         for t in range(8):
             close(trajectory.d_past[t, b], 0 * d[0, 0] if t in (0, opens) else d[0, t - 1])
+    assert torch.equal(trajectory.action, batch.action[:, :7].T)
     assert torch.equal(trajectory.reward, batch.reward[:, :7].T)
     assert trajectory.end.nonzero().tolist() == [[2, 0], [4, 1]]
     assert trajectory.truncated.nonzero().tolist() == [[4, 1]]
@@ -1454,9 +1455,10 @@ def test_a_dream_has_one_state_more_than_steps_and_no_gradient():
     start = model.starts_from_contexts(random_batch(6, 3))
     dream = model.imagine(start, 5, lambda t, z, d_past: agent.act(z, d_past))
     shapes = [tuple(part.shape) for part in dream]
-    assert shapes == [(6, 6, 4), (6, 6, 16), (5, 6), (5, 6), (5, 6)]
+    assert shapes == [(6, 6, 4), (6, 6, 16), *[(5, 6)] * 4]
     assert not any(part.requires_grad for part in dream)
     assert ((dream.end > 0) & (dream.end < 1)).all()  # a probability, never a threshold
+    assert not dream.truncated.any()
 
 
 # ---------------------------------------------------------------- actor-critic
@@ -1483,8 +1485,9 @@ def test_D3_lambda_0_is_one_step_and_lambda_1_the_whole_sum():
 
 def random_dream(T=4, N=3, end=None, reward=None):
     torch.manual_seed(6)
-    dream = Dream(torch.randint(0, 4, (T + 1, N, 4)), torch.randn(T + 1, N, 16),
-                  torch.randint(0, 4, (T, N)), 5 * torch.randn(T, N), torch.rand(T, N))  # fmt: skip
+    dream = Trajectory(torch.randint(0, 4, (T + 1, N, 4)), torch.randn(T + 1, N, 16),
+                       torch.randint(0, 4, (T, N)), 5 * torch.randn(T, N), torch.rand(T, N),
+                       torch.zeros(T, N).bool())  # fmt: skip
     given = {name: x for name, x in (("end", end), ("reward", reward)) if x is not None}
     return dream._replace(**given)
 
@@ -1561,18 +1564,16 @@ def test_the_critic_learns_from_real_steps_but_not_where_the_time_was_up():
     # R_2 = 3 + 0.5 * 40 = 23    R_1 = v_1 = 20    R_0 = 1 + 0.5 (0.75 * 20 + 0.25 * 20) = 11
     agent, truncated = tiny_agent(gamma=0.5, lambda_=0.25), torch.tensor([[0], [1], [0]]).bool()
     agent.two_hot.mean = lambda logits: VALUE
-    loss, value, returns = agent.critic_loss(torch.randn(4, 1, 32), REWARD, truncated.float(),
-                                             truncated)
+    steps = Trajectory(None, None, None, REWARD, truncated.float(), truncated)
+    loss, value, returns = agent.critic_loss(torch.randn(4, 1, 32), steps)
     assert returns.flatten().tolist() == [11.0, 20.0, 23.0] and torch.equal(value, VALUE)
     assert (loss != 0).flatten().tolist() == [True, False, True]
 
 
 def test_the_loss_on_real_steps_is_added_by_its_weight():
     dream, real = random_dream(), random_dream()
-    trajectory = Trajectory(real.z, real.d_past, real.reward, real.end.round(),
-                            torch.zeros(4, 3, dtype=torch.bool))
     without, _ = tiny_agent().loss(dream)
-    total, metrics = tiny_agent(replay_critic=0.3).loss(dream, trajectory)
+    total, metrics = tiny_agent(replay_critic=0.3).loss(dream, real._replace(end=real.end.round()))
     # The new critic reads 0, but the rewards of up to 15 do not
     assert metrics["replay_critic_loss"] > 5
     close(total, without + 0.3 * metrics["replay_critic_loss"])
@@ -1637,7 +1638,8 @@ def test_an_actor_learns_in_dreams_what_pays():
         z, d_past = torch.randint(0, 4, (2, 64, 4)), torch.zeros(2, 64, 16)
         action = agent.act(z[0], d_past[0])
         reward = (action == z[0, :, 1]).float()  # naming the second of four categories
-        loss, _ = agent.loss(Dream(z, d_past, action[None], reward[None], torch.ones(1, 64)))
+        end, none = torch.ones(1, 64), torch.zeros(1, 64).bool()
+        loss, _ = agent.loss(Trajectory(z, d_past, action[None], reward[None], end, none))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -2465,6 +2467,16 @@ class Old(Dot):
     def step(self, action):
         return super().step(action)[:4]
 
+class OldReset(Dot):
+    def reset(self, **options):
+        return super().reset(**options)[0]
+
+class Spaceless(gymnasium.Env):
+    action_space = Dot.action_space
+
+def quit():
+    raise SystemExit("that is all")
+
 class NoEnvironment:
     pass
 """
@@ -2515,6 +2527,9 @@ def test_an_identifier_of_gymnasium_is_made_with_its_arguments():
     ("{own}:Broken", "", r"cannot be made: no cartridge \(OSError in own_game.py, line 20\)\.$"),
     ("{own}:NoEnvironment", "", "must inherit from the gymnasium.Env"),
     ("{own}:Old", "", "the game fails: not enough values"),
+    ("{own}:OldReset", "", "the game fails: too many values"),
+    ("{own}:Spaceless", "", "the game fails: .*no attribute 'observation_space'"),
+    ("{own}:quit", "", r"own_game.py:quit cannot be made: that is all \(SystemExit in own_game.py"),
     *[("CartPole-v1", text, "is not name=value") for text in (
         "level", "level=", "level=a b", "level=a/b", "1", ")+(1", "level=print(1)", "a=1;b=2")]])
 def test_what_cannot_be_made_is_refused_in_one_sentence(own, name, arguments, sentence):
@@ -2710,11 +2725,11 @@ def test_D8_D9_D14_evaluation_counts_one_whole_episode_of_every_game(fake):
             return torch.full((len(frame),), 2)
 
     s = tiny_settings(eval_episodes=6)
-    episodes = drama.evaluate(s, AlwaysTwo(tiny_model(), tiny_agent(), 6, 8))
+    played = drama.evaluate(s, AlwaysTwo(tiny_model(), tiny_agent(), 6, 8))
     seeds = drama.episode_seeds(s.seed, 0, "test", 6)
     lengths = [FakeGame.episode_length(seed) for seed in seeds]
-    assert episodes == [dict(seed=seed, score=2 * length, length=length)
-                        for seed, length in zip(seeds, lengths)]
+    assert played == dict(scores=[2 * length for length in lengths], lengths=lengths,
+                          seeds=seeds.tolist())
     assert len(set(lengths)) > 1
     assert AlwaysTwo.firsts[0].all() and not torch.stack(AlwaysTwo.firsts[1:]).any()  # D8
 
@@ -2803,7 +2818,7 @@ def test_D16_a_run_stopped_and_continued_is_the_run_never_stopped(whole, runs, f
 
 
 def test_D16_the_emulator_comes_back_to_where_it_was(monkeypatch, tmp_path):
-    monkeypatch.setattr(drama, "evaluate", lambda *_: [dict(seed=0, score=1.0, length=1)])
+    monkeypatch.setattr(drama, "evaluate", lambda *_: dict(scores=[1.0]))
     small_files(monkeypatch)
     flags = ["--game", "MsPacman", "--steps", "40"]
     assert command(tmp_path / "whole", *flags) == 0
@@ -3201,8 +3216,9 @@ def test_bad_flags_are_refused(flags, says, fake, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, after", [
-    (["--run="], "--run="), (["--run", ""], "--run"), (["--eval", ""], "--eval"), ([""], "drama.py"),
-    (["--export", "a", ""], "a"), (["--watch", "a", "--out", ""], "--out"), (["--game="], "--game=")])
+    (["--run="], "--run="), (["--run", ""], "--run"), (["--eval", ""], "--eval"),
+    ([""], "drama.py"), (["--export", "a", ""], "a"), (["--watch", "a", "--out", ""], "--out"),
+    (["--game="], "--game=")])
 def test_an_empty_word_is_not_the_current_folder(argv, after, tmp_path, capsys):
     refused(capsys, tmp_path, argv, f"nothing stands after {after}: is a variable empty")
     assert drama.Parser().parse([]) == {}  # but a game may have no arguments
@@ -3264,12 +3280,30 @@ def test_a_folder_that_takes_no_result_is_refused_unless_another_is_given(kind, 
     assert contents(run_folder) == before
 
 
-@pytest.mark.parametrize("damaged", ["[1]", "{", '{"step": 64}', '{"step": 64, "scores": "ab"}'])
+DAMAGED = (  # evaluations
+    "[1]", "{", "null", '{"step": 64}', '{"step": 64, "scores": "12"}', '{"step": 64, "scores": 5}',
+    '{"step": 64, "scores": [NaN]}', '{"step": "x", "scores": [1]}',
+    '{"step": 64, "scores": [1], "last_training_scores": ["x"]}')
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_evaluation_is_named(damaged, run_folder, fake, capsys):
     (run_folder / "evaluation-000064.json").write_text(damaged)
     fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
     for argv in (["--eval", run_folder], [*TINY, "--run", run_folder]):
         refused(capsys, run_folder, list(map(str, argv)), "evaluation-000064.json is damaged")
+
+
+@pytest.mark.parametrize("other", [dict(game="Pong"), dict(seed=5), dict(preset="best")])
+def test_an_evaluation_takes_the_place_of_no_other_agents(other, run_folder, fake, tmp_path,
+                                                          capsys):  # fmt: skip
+    path, argv = tmp_path / "out" / "evaluation-000064.json", ["--eval", str(run_folder), "--out"]
+    assert drama.main([*argv, str(path.parent)]) == 0
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | other))
+    fake.setattr(Player, "play", lambda *_: pytest.fail("played in vain"))
+    refused(capsys, path.parent, [*argv, str(path.parent)],
+            "evaluation-000064.json is of another agent: --out DIR names another place")
 
 
 def test_memory_that_does_not_suffice_is_one_sentence(run_folder, fake, capsys):
@@ -3464,7 +3498,7 @@ def test_a_cell_holds_counts_in_full_and_others_to_nine_digits(value, cell):
 
 
 def test_the_table_rounds_to_no_negative_zero_and_counts_its_episodes(run_folder, fake, capsys):
-    played = [dict(seed=0, score=1.69, length=9)]  # random play in Breakout earns 1.7
+    played = dict(scores=[1.69])  # random play in Breakout earns 1.7
     fake.setattr(drama, "evaluate", lambda *_: played)
     s, player, state = drama.load_player(run_folder, eval_episodes=1)
     for last, says in (([4.0], "4.000, the last 1 of 1 .*paper's protocol takes 5"),
@@ -3475,12 +3509,12 @@ def test_the_table_rounds_to_no_negative_zero_and_counts_its_episodes(run_folder
 
 
 def test_the_table_sets_our_own_random_play_beside_the_published(run_folder, fake, capsys):
-    fake.setattr(drama, "evaluate", lambda *_: [dict(seed=0, score=2.0, length=9)])
+    fake.setattr(drama, "evaluate", lambda *_: dict(scores=[2.0]))
     s, player, state = drama.load_player(run_folder, eval_episodes=1)
     for game, says in (("Breakout", "1.7, 30.5\n  random play here  1.23, standard error 0.18\n"),
                        ("CrazyClimber", "35,829.4\n  random play here  8,020.31, standard error")):
         s = dataclasses.replace(s, game=game)
-        drama.evaluate_and_report(s, player, state, run_folder / "other.json")
+        drama.evaluate_and_report(s, player, state, run_folder / f"{game}.json")
         assert says in capsys.readouterr().out  # as in results/emulator.md
     assert all(map(buffer.random_play, drama.known_scores())) and not buffer.random_play("Tetris")
 
@@ -3490,7 +3524,7 @@ def test_an_evaluation_takes_0_threads_for_torchs_own_number(run_folder):
 
 
 def test_averages_play_and_dream_and_the_newest_weights_learn(runs, tmp_path, fake):
-    fake.setattr(drama, "evaluate", lambda s, player: played.append(player) or [])
+    fake.setattr(drama, "evaluate", lambda s, player: played.append(player) or dict(scores=[]))
     played, folder = [], tmp_path / "run"
     command(folder, "--player-decay", "0.9", "--steps", "32")
     run, (evaluated,) = runs[-1], played
@@ -3825,7 +3859,7 @@ def test_no_damage_to_an_agent_is_silent(exported, tmp_path):
 UNTIL = 64  # the last step of a tiny run
 STOPPED = 45  # between two rows of metrics, after a skipped update, inside a chunk and an episode
 SKIPPED = 44  # the step of that update
-SAVING = [*CONTEXTS, "--layers", "1", "--seed", "3", "--save-minutes", "0"]  # after every step
+SAVING = [*CONTEXTS, "--seed", "3", "--save-minutes", "0"]  # a save after every step
 
 
 class Enough(Exception):

@@ -30,7 +30,7 @@ REPEATS = 7
 PRODUCT = 4096  # side of the matrices of the large product
 NO_PART = (  # these play no part in how long it takes
     "save_minutes", "log_every", "eval_episodes", "temperature", "warmup_updates", "cooldown",
-    "player_decay")
+    "player_decay", "random_hold")
 
 
 def wait(device: torch.device):

@@ -49,11 +49,11 @@ def branch(source: Path, target: Path, flags: dict) -> dict:
     if "seed" in changed:  # it does not lead to where the episode under way is
         state |= dict(score=0.0, episode_length=0, frame=None)
     torch.set_num_threads(manifest["threads"])
-    with contextlib.closing(folder := Folder(target)):
+    run, folder = drama.Run(s, torch.device("cpu")), Folder(target)
+    folder.resume(manifest, state, files, run.replay)
+    drama.restore(run, state)
+    with contextlib.closing(folder):  # from here on the disk is written to
         folder.open_for_writing(new=True)
-        run = drama.Run(s, torch.device("cpu"))
-        folder.resume(manifest, state, files, run.replay)
-        drama.restore(run, state)
         for name, content in files.items():
             write_file(target / name, content)
         about = dict(of=str(source), step=run.step, changed=changed, versions=versions())

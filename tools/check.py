@@ -24,7 +24,7 @@ from typing import NamedTuple
 import drama  # first: it sets up torch
 import numpy as np
 import torch
-from agent import Dream, Player, WorldModel, dream_picture, kl_divergence, lambda_return
+from agent import Player, Trajectory, WorldModel, dream_picture, kl_divergence, lambda_return
 from buffer import Batch, Replay, packed, versions, write_file, write_json, write_png
 from tools.curves import check_place
 
@@ -64,7 +64,7 @@ def play(s: drama.Settings, player: Player) -> Played:
     d_past, age = player.d_past.clone(), player.age  # before the step, which moves both on
     reseeding = functools.partial(drama.reseed, s.seed, purpose="test")
     moves = player.play(drama.make_game(s, EPISODES), seeds, reseeding, LIMIT)
-    for move in drama.show_progress(desc="playing", total=LIMIT, iterable=moves):
+    for move in drama.show_progress(desc=f"playing at most {LIMIT:,} steps", iterable=moves):
         posterior = model.posterior(model.images(torch.from_numpy(move.frame).to(device)))
         kl = kl_divergence(posterior, model.prior(d_past)).cpu().numpy()
         z = player.history[-1][0]
@@ -113,11 +113,11 @@ def dream_beside(player: Player, replay: Replay, horizon: int = max(DREAMT),
             windows(replay, starts[few] - context, context + 1, device))
         action = windows(replay, acting[few], horizon, device).action
         parts.append(model.imagine(start, horizon, lambda t, z, d_past: action[:, t]))
-    return starts, left, Dream(*(torch.cat(part, 1) for part in zip(*parts)))
+    return starts, left, Trajectory(*(torch.cat(part, 1) for part in zip(*parts)))
 
 
 @torch.no_grad()
-def measure(model: WorldModel, replay: Replay, starts, left, dream: Dream, k: int) -> dict:
+def measure(model: WorldModel, replay: Replay, starts, left, dream: Trajectory, k: int) -> dict:
     """Dreams of k steps from `starts`, from which so many steps were `left` in the episode -> name:
     figure, NaN where there is none.
 
@@ -162,8 +162,8 @@ def measure(model: WorldModel, replay: Replay, starts, left, dream: Dream, k: in
 
 
 @torch.no_grad()
-def action_shuffle_ratio(model: WorldModel, replay: Replay, starts, left, dream: Dream,
-                         exchanged: Dream, k: int) -> float:
+def action_shuffle_ratio(model: WorldModel, replay: Replay, starts, left, dream: Trajectory,
+                         exchanged: Trajectory, k: int) -> float:
     """Mean squared error of frame k of dreams that took another dream's actions, over that of the
     dreams that took their own: 1 means that the model does not heed the action."""
     seen = left > k

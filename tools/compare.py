@@ -31,19 +31,20 @@ import drama  # first: it sets up torch
 import numpy as np
 import torch
 from agent import Player
-from buffer import SCHEMA, Mistake, Replay, in_one_sentence, load_run, newest_steps, sha256
-from buffer import versions, write_file
+from buffer import SCHEMA, Mistake, Replay, in_one_sentence, intact, load_run, newest_steps
+from buffer import sha256, versions, write_file
 from tools.check import EPISODES, change_shown, judge, play, value_and_return
 from tools.curves import check_place
 
 STEPS = 10_000
 TURN = 3  # core-seconds
+COST = dict(seconds=120, seeds=2)
 DREAMT, OLDEST = (1, 5, 15, 30), 64  # steps into a dream; twice the real frames before it
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "offline"
 GAME = ("game", "game_args", "action_repeat")
 NO_PART = (*GAME, "preset", "seed", "steps", "device", "threads", "replay_device", "save_minutes",
            "log_every", "eval_episodes", "temperature", "cooldown", "learning_starts",
-           "train_every")  # these play no part in what is learnt here
+           "random_hold", "train_every")  # these play no part in what is learnt here
 FLAGS = [f.name for f in fields(drama.Settings) if f.name not in NO_PART]
 
 # ---------------------------------------------------------------- the frozen replay
@@ -53,7 +54,7 @@ def random_play(s: drama.Settings, steps: int) -> Replay:
     """Steps of random play, one episode after the other."""
     game, rng, replay = drama.make_game(s), np.random.default_rng(0), Replay(steps)
     episode, first = 0, True
-    while replay.length < steps:
+    for _ in drama.show_progress(desc="random play", iterable=range(steps)):
         if first:
             frame = game.reset([episode])
         action = rng.integers(game.actions, size=1)
@@ -170,7 +171,13 @@ def this_commit() -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open())) if path.exists() else []
+    if not path.exists():
+        return []
+    with intact(path, "delete the row, or the file"):
+        rows = list(csv.DictReader(path.read_text("utf-8").splitlines()))
+        if any(None in [*row, *row.values()] for row in rows):  # more cells than names, or fewer
+            raise ValueError
+        return rows
 
 
 def write_rows(path: Path, rows: list[dict]):
@@ -237,20 +244,22 @@ def print_table(found: dict[str, list[dict]]):
 def run_command(argv: list[str]):
     parser = drama.Parser(prog="python -m tools.compare", description=__doc__.split("\n")[0],
                           allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("game", metavar="GAME")
+    parser.add_argument("game", metavar="GAME", type=drama.game_title)
     parser.add_argument("variants", metavar="VARIANT", nargs="*", default=["laptop"],
                         help="a preset and, in the same quotes, flags (laptop)")
-    for name, default in dict(seconds=120, seeds=2).items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="INT",
-                            help=f"({default})")
+    for name, default in COST.items():
+        parser.add_argument(f"--{name}", type=int, metavar="INT", help=f"({default})")
     parser.add_argument("--replay", metavar="RUN|FILE", help="steps of a run, or what --keep wrote")
     parser.add_argument("--keep", metavar="FILE.npz", help="write the steps to a file, and end")
     parser.add_settings("laptop", (*GAME[1:], "precision"))
     common = parser.parse(argv) | dict(preset="laptop", device="cpu", threads=1)
-    texts, seconds, seeds = (common.pop(name) for name in ("variants", "seconds", "seeds"))
-    source, keep = (common.pop(name, None) for name in ("replay", "keep"))
+    texts, source, keep = (common.pop(name, None) for name in ("variants", "replay", "keep"))
+    if keep and (texts != ["laptop"] or common.keys() & COST):
+        raise Mistake("--keep only writes the steps of the replay: leave out variants and "
+                      f"{' and '.join(map(drama.flag, COST))}.")
     if keep and not keep.endswith(".npz"):
         raise Mistake(f"--keep {keep}: name a file that ends in .npz.")
+    seconds, seeds = (common.pop(name, default) for name, default in COST.items())
     if seconds < 1 or seeds < 2:
         raise Mistake("--seconds must be 1 or more, --seeds 2 or more: one knows of no noise.")
     s, *_ = drama.new_settings(common)
@@ -271,7 +280,8 @@ def run_command(argv: list[str]):
     steps = recorded(Path(source), s) if source else random_play(s, STEPS).steps(0, STEPS)
     if keep:
         np.savez_compressed(packed := io.BytesIO(), game=settings_text(s, GAME), **steps)
-        return write_file(Path(keep), packed.getvalue())
+        write_file(Path(keep), packed.getvalue())
+        return print(f"{keep}: {len(steps['action']):,} steps of {s.game}")
     name = Path(source).resolve().stem if source else "random play"
     print_table(compare(variants, name, steps, seconds, seeds, path))
 

@@ -21,12 +21,13 @@ from pathlib import Path
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import Folder, Mistake, intact, kept_evaluation, known_scores, make_folder, no_run
-from buffer import write_file
+from buffer import Folder, Mistake, in_todays_words, intact, kept_evaluation, known_scores
+from buffer import make_folder, no_run, write_file
 
 SMOOTH = 5  # training episodes that a point of a line averages, as in the paper's protocol
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 OURS = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12" '
+DEFAULTS = json.loads(json.dumps(vars(drama.Settings())))  # with lists for tuples
 LEFT, RIGHT, TOP, BOTTOM, LEGEND = 70, 500, 30, 260, 670  # of a panel, pixels
 
 
@@ -42,19 +43,29 @@ def columns(path: Path, *names: str, empty: str = "") -> np.ndarray:
         return np.array(cells).reshape(-1, len(names))
 
 
-def learning_curve(folder: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
-    """A run's game and name, its training scores and its evaluations: rows of (step, score)."""
+def kept_settings(folder: Path) -> dict:
+    """The settings of a run in today's words; what an older version lacked is as it was then."""
     if not (path := folder / "settings.json").exists():
         raise no_run(folder)
     with intact(path, "the run writes it anew when it goes on"):
-        settings = json.loads(path.read_bytes())
-        game = f"{settings['game']} {settings.get('game_args', '')}".strip()
-        rings = f", ○ at temperature {settings.get('temperature', 1):g}"
+        settings = DEFAULTS | dict(game=None, preset=None)  # these two it must name
+        settings |= in_todays_words(dict(json.loads(path.read_bytes())))
+        for name, value in DEFAULTS.items():
+            if not isinstance(settings[name], (type(value), int)[: 1 + isinstance(value, float)]):
+                raise TypeError
+        return settings
+
+
+def learning_curve(folder: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
+    """A run's game and name, its training scores and its evaluations: rows of (step, score)."""
+    settings = kept_settings(folder)
+    game = f"{settings['game']} {settings['game_args']}".strip()
+    rings = f", ○ at temperature {settings['temperature']:g}"
     points = columns(folder / "episodes.csv", "step", "score")
     if not len(points):
         raise Mistake(f"{folder} has not finished an episode yet.")
-    tests = [kept_evaluation(path) for path in Folder(folder).numbered("evaluation", ".json")]
-    tests = np.array([[step, np.mean(scores)] for step, scores in tests]).reshape(-1, 2)
+    kept = map(kept_evaluation, Folder(folder).numbered("evaluation", ".json"))
+    tests = np.array([[each["step"], np.mean(each["scores"])] for each in kept]).reshape(-1, 2)
     return game, folder.resolve().name + rings * bool(len(tests)), points, tests
 
 
@@ -72,7 +83,7 @@ def minutes(folder: Path) -> tuple[np.ndarray, bool]:
 
 def ticks(low: float, high: float) -> np.ndarray:
     """Round numbers, 1, 2 or 5 times a power of ten apart, from `low` or less to `high` or more."""
-    apart = (high - low or 1) / 5
+    apart = (high - low or max(1, 1e-6 * abs(high))) / 5
     power = 10.0 ** math.floor(math.log10(apart))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * apart)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
@@ -166,7 +177,7 @@ def run_command(argv: list[str]):
     there = path.exists()
     found = [[name] if Path(name).exists() else sorted(filter(os.path.isdir, glob.glob(name)))
              or [name] for name in asked["runs"]]  # not every shell knows what * means
-    for folder in map(Path, itertools.chain(*found)):
+    for folder in dict.fromkeys(map(Path, itertools.chain(*found))):
         try:
             game, *run = learning_curve(folder)
             if asked["over"] == "minutes":

@@ -29,6 +29,7 @@ import time
 import traceback
 import urllib.parse
 import webbrowser
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -38,7 +39,7 @@ import ale_py
 import numpy as np
 import torch
 from agent import Player, sample
-from buffer import MOMENTS, Folder, Mistake, intact, kept_evaluation, known_scores, load_run
+from buffer import MOMENTS, Folder, Mistake, kept_evaluation, known_scores, load_run
 from buffer import newest_score, newest_steps, no_run, packed, step_of, write_png
 
 from tools import curves
@@ -289,11 +290,7 @@ class Session:
 
 def progress(folder: Path, column: str) -> dict:
     """A run's scores, a column of its metrics, and how long it still takes; None for no number."""
-    if not (path := folder / "settings.json").exists():
-        raise no_run(folder)
-    with intact(path, "the run writes it anew when it goes on"):
-        settings = json.loads(path.read_bytes())
-        game, steps, seed = settings["game"], int(settings["steps"]), settings["seed"]
+    game, steps, seed = map(curves.kept_settings(folder).get, ("game", "steps", "seed"))
     scores = curves.columns(folder / "episodes.csv", "step", "score")
     table = folder / "metrics.csv"
     rows = curves.columns(table, "step", column, "steps_per_second", empty="nan")
@@ -308,7 +305,7 @@ def progress(folder: Path, column: str) -> dict:
         silent=time.time() - max(path.stat().st_mtime for path in (table, *saves)) if len(rows)
         else None,
         scores=scores[np.isfinite(scores).all(1)].tolist(),
-        tests=[[at, sum(each) / len(each)] for at, each in tests if each],
+        tests=[[each["step"], float(np.mean(each["scores"]))] for each in tests if each["scores"]],
         columns=header[1:], column=rows[np.isfinite(rows[:, 1]), :2].tolist(),
         known=known_scores().get(game, {}), picture=getattr(newest_dream(folder), "name", None))
 
@@ -546,7 +543,10 @@ def run_command(argv: list[str]):
     drama.check(s)
     torch.set_num_threads(s.threads or 1)  # networks this small are fastest on one
     for path in asked["runs"]:
-        if not path.exists():
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise Mistake(f"{path} is no agent that --export wrote.")
+        if not path.is_file() and not any((path / name).exists()
+                                          for name in ("settings.json", "lock")):
             raise no_run(path)
     if "film" in asked:
         drama.refuse({name: asked[name] for name in ("port", "no_browser") if name in asked},

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import drama  # first: it sets up torch
 import numpy as np
-from buffer import Folder, Mistake, human_normalised, in_todays_words, known_scores, step_of
-from tools.curves import check_place, columns
+from buffer import Folder, Mistake, human_normalised, intact, kept_evaluation, known_scores, step_of
+from tools.curves import check_place, columns, kept_settings
 
 PUBLISHED = known_scores()  # game -> {"random": ..., "human": ..., agent: ...}
 AGENTS = list(PUBLISHED["Alien"])[2:]
@@ -33,8 +33,6 @@ AGGREGATES = ["mean", "median", "IQM", "optimality gap"]
 # Runs that are averaged may differ in these: which run it is, and where and how it was run
 MAY_DIFFER = {"game", "seed", "preset", "device", "threads", "replay_device",
               "save_minutes", "log_every", "eval_episodes", "game_args"}  # args are in Run.game
-DEFAULTS = {name: list(value) if isinstance(value, tuple) else value  # as in JSON
-            for name, value in vars(drama.Settings(preset="")).items()}
 
 # ---------------------------------------------------------------- reading
 
@@ -50,29 +48,28 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    try:
-        s = DEFAULTS | in_todays_words(json.loads((folder / "settings.json").read_bytes()))
-        episodes = columns(folder / "episodes.csv", "step", "score")
-        curve = [(int(step), score) for step, score in episodes.tolist()]
-        found = Folder(folder).numbered("evaluation", ".json")
-        test, *before = [json.loads(path.read_bytes()) for path in found] or [dict(
-            step=max([int(columns(folder / f"{name}.csv", "step").max(initial=0))
-                      for name in ("metrics", "episodes")]
-                     + [*map(step_of, Folder(folder).manifests())]),
-            scores=[], last_training_scores=[score for _, score in curve[-5:]])]
-        scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
-        scores = {name: np.array(values, float) for name, values in scores.items() if values}
-        game = f"{s['game']} {s['game_args']}".strip()
-        ends = [old["step"] for old in before if s["cooldown"] and old.get("steps") == old["step"]]
-        if not s["cooldown"] or test.get("steps", s["steps"]) == test["step"]:
-            s["steps"] = "as many"  # else its rates were not those of a run that ended there
-        origin = folder / "branch.json"
-        s["branched"] = f"at {json.loads(origin.read_bytes())['step']}" if origin.exists() else "never"
-        if ends:  # nor were they if they had fallen before
-            s["steps"] = f"{s['steps']}, after {', '.join(map(str, sorted(ends)))}"
-        return Run(folder, s, game, s["seed"], test["step"], scores, curve)
-    except (ValueError, KeyError, TypeError, csv.Error):
-        raise Mistake(f"a file of {folder} is damaged: mend it, or leave the run out.") from None
+    s = kept_settings(folder)
+    episodes = columns(folder / "episodes.csv", "step", "score")
+    curve = [(int(step), score) for step, score in episodes.tolist()]
+    found = Folder(folder).numbered("evaluation", ".json")
+    test, *before = [*map(kept_evaluation, found)] or [dict(
+        step=max([int(columns(folder / f"{name}.csv", "step").max(initial=0))
+                  for name in ("metrics", "episodes")]
+                 + [*map(step_of, Folder(folder).manifests())]),
+        scores=[], last_training_scores=[score for _, score in curve[-5:]])]
+    scores = {"evaluation": test["scores"], "training": test["last_training_scores"]}
+    scores = {name: np.array(values, float) for name, values in scores.items() if values}
+    game = f"{s['game']} {s['game_args']}".strip()
+    ends = [old["step"] for old in before if s["cooldown"] and old.get("steps") == old["step"]]
+    if not s["cooldown"] or test.get("steps", s["steps"]) == test["step"]:
+        s["steps"] = "as many"  # else its rates were not those of a run that ended there
+    origin, s["branched"] = folder / "branch.json", "never"
+    if origin.exists():
+        with intact(origin, "leave the run out"):
+            s["branched"] = f"at {json.loads(origin.read_bytes())['step']}"
+    if ends:  # nor were they if they had fallen before
+        s["steps"] = f"{s['steps']}, after {', '.join(map(str, sorted(ends)))}"
+    return Run(folder, s, game, s["seed"], test["step"], scores, curve)
 
 
 def name_settings(runs: list[Run]) -> tuple[list[str], list[str]]:
@@ -284,9 +281,10 @@ def run_command(argv: list[str]):
     groups, legend = gather(asked["runs"])
     if asked["csv"]:
         check_place(asked["csv"], "--csv FILE", "agent,game,seed,")
-        write_csv(asked["csv"], groups)
     if asked["json"]:
         write_json(asked["json"], groups)
+    if asked["csv"]:
+        write_csv(asked["csv"], groups)
     print(score_tables(groups), aggregate_tables(groups), NOTES, *legend, sep="\n")
 
 

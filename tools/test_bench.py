@@ -79,7 +79,8 @@ def helped(capsys):
 
 
 def test_flags_of_the_benchmark(capsys):
-    refused(capsys, bench.main, ["--log-every", "7"], "unknown flag '--log-every'")
+    for flag in ("--log-every", "--random-hold"):
+        refused(capsys, bench.main, [flag, "7"], f"unknown flag '{flag}'")
     refused(capsys, bench.main, ["--steps", "10"], "--learning-starts")
     refused(capsys, bench.main, ["Breakout"], "Breakout")
     assert "--horizon" in helped(capsys) and "--save-minutes" not in helped(capsys)

@@ -24,7 +24,8 @@ def stopped(fake, tmp_path):
 
 def test_a_branch_with_nothing_changed_is_the_run_itself(stopped, whole, runs, tmp_path, capsys):
     before = contents(stopped)
-    assert branch.main([str(stopped), str(tmp_path / "new"), "--precision", "auto"]) == 0
+    same = ["--precision", "auto", "--game", "ALE/Breakout-v5"]
+    assert branch.main([str(stopped), str(tmp_path / "new"), *same]) == 0
     assert "at step 40, nothing changed" in capsys.readouterr().out
     assert contents(stopped) == before
     assert drama.main(["--run", str(tmp_path / "new")]) == 0
@@ -60,6 +61,10 @@ def test_a_branch_with_another_seed_begins_a_new_episode(stopped, runs, tmp_path
         int(row["step"]) for row in table(stopped, "episodes")]
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_what_a_branch_refuses(run_folder, tmp_path, capsys):
     before, new = contents(run_folder), tmp_path / "new"
     for flags, says in (
@@ -69,8 +74,13 @@ def test_what_a_branch_refuses(run_folder, tmp_path, capsys):
             (["--steps", "80", "--threads", "2"], "leave out --threads: drama.py takes it"),
             (["--steps", "80", "--context", "4"], "--context means nothing with"),
             (["--steps", "80", "--batch", "99"], "--dreams 4 cannot be spread evenly"),
+            (["--steps", "90000000"], "the replay of --steps 90000000 takes"),
             (["--steps", "80", "--nonsense"], "unknown flag")):
         refused(capsys, branch.main, [run_folder, new, *flags], says)
+        assert not new.exists()
+    with pytest.MonkeyPatch.context() as patch:  # Ctrl-C while the game is played to where it was
+        patch.setattr(drama, "restore", interrupt)
+        assert branch.main([str(run_folder), str(new), "--steps", "80"]) == 130
         assert not new.exists()
     refused(capsys, branch.main, [tmp_path / "none", new, "--steps", "80"], "no folder")
     refused(capsys, branch.main, [run_folder, run_folder, "--steps", "80"], "is there already")

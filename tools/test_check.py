@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from agent import Dream, Player
+from agent import Player, Trajectory
 from buffer import Replay
 from test_drama import FakeGame, close, command, contents, fake, finished, png_chunks, run_folder
 from test_drama import tiny_settings
@@ -56,7 +56,8 @@ class Oracle:
         z = [start + sum(actions[:t]) for t in range(horizon + 1)]
         d_past = torch.arange(horizon + 1.0)[:, None, None].expand(-1, len(start), 1)
         actions = torch.stack(actions)
-        return Dream(torch.stack(z), d_past, actions, actions.float(), (actions == 9).float())
+        return Trajectory(torch.stack(z), d_past, actions, actions.float(), (actions == 9).float(),
+                          torch.zeros_like(actions).bool())
 
     def decode(self, z):
         return (z / 255).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)

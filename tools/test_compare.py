@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from buffer import Mistake
 from test_check import refused
 from test_drama import FakeGame, close, contents, digest, fake, finished, run_folder
 from test_drama import tiny_settings
@@ -136,7 +137,7 @@ def test_variants_learn_the_world_and_then_to_play_in_it_and_a_row_is_made_once(
     assert len({row["KL, nats @1"] for row in once}) == 4
     assert compare.main([*asked[:2], *asked[3:], "--seeds", "3"]) == 0
     assert rows(tmp_path)[:4] == once and len(rows(tmp_path)) == 5 and len(log) == 30
-    assert compare.main(["Breakout", "laptop --batch 4", *asked[3:]]) == 0  # by another name
+    assert compare.main(["breakout", "laptop --batch 4", *asked[3:]]) == 0  # by other names
     assert len(log) == 30
 
 
@@ -156,7 +157,7 @@ def test_what_is_stopped_goes_on(tiny, tmp_path):
     assert [row["score"] for row in rows(tmp_path)] == ["1", "2", "3", "5"]
 
 
-def test_a_run_and_a_file_of_it_are_one_replay(run_folder, tiny, tmp_path):
+def test_a_run_and_a_file_of_it_are_one_replay(run_folder, tiny, tmp_path, capsys):
     """The last 60 of 64 steps of a run of FakeGame; it stays as it is."""
     tiny.setattr(compare, "STEPS", 60)
     tiny.setattr(compare, "figures", lambda run, held_out: dict(score=held_out.length))
@@ -167,13 +168,22 @@ def test_a_run_and_a_file_of_it_are_one_replay(run_folder, tiny, tmp_path):
     shown = [(seed % 251, 10 * t) for seed in seeds for t in range(FakeGame.episode_length(seed))]
     assert [tuple(frame) for frame in steps["frame"][:, 0, 0, :2].tolist()] == shown[4:64]
     asked = ["Breakout", "--seconds", "1", "--replay"]
-    assert compare.main([*asked, str(run_folder), "--keep", str(tmp_path / "it.npz")]) == 0
+    keep = ["--replay", str(run_folder), "--keep", str(tmp_path / "it.npz")]
+    assert compare.main(["Breakout", *keep]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'it.npz'}: 60 steps of Breakout\n"
     assert contents(run_folder) == before and not list(tmp_path.glob("*.csv"))
     assert compare.main([*asked, str(run_folder)]) == 0
     made = rows(tmp_path)
     assert [(row["replay"], row["seed"]) for row in made] == [("run", "0"), ("run", "1")]
     tiny.setattr(drama, "Run", lambda *_: pytest.fail("made again"))
     assert compare.main([*asked, str(tmp_path / "it.npz")]) == 0 and rows(tmp_path) == made
+
+
+@pytest.mark.parametrize("damaged", [b"a,b\n1,2\n3\n", b"a,b\n1,2,3\n", b"a,b\n1,\xff\n"])
+def test_a_table_that_was_cut_is_named(damaged, tmp_path):
+    (tmp_path / "a.csv").write_bytes(damaged)
+    with pytest.raises(Mistake, match="a.csv is damaged: delete the row, or the file"):
+        compare.read_rows(tmp_path / "a.csv")
 
 
 def test_the_table_by_hand(capsys):
@@ -200,7 +210,10 @@ def test_the_table_by_hand(capsys):
 
 @pytest.mark.parametrize("argv, says", [
     (["Breakout", "fast"], "begins with paper, best, laptop, debug; 'fast' does not"),
-    (["Breakout", ""], "begins with paper"),
+    (["Breakout", ""], "nothing stands after Breakout"), (["Breakout", " "], "begins with paper"),
+    (["Breakout", "laptop --random-hold 4"], "unknown flag '--random-hold'"),
+    *((["Breakout", *more, "--keep", "a.npz"], "--keep only writes the steps of the replay")
+      for more in (["best"], ["--seconds", "9"], ["--seeds", "3"])),
     (["Breakout", "laptop --bach 2"], "unknown flag '--bach': did you mean --batch"),
     (["Breakout", "laptop --seed 2"], "unknown flag '--seed'"),
     (["Breakout", "laptop --cooldown 0.2"], "unknown flag '--cooldown'"),

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 from agent import Player
 from test_check import refused
-from test_drama import close, contents, fake, finished, run_folder
+from test_drama import DAMAGED, close, contents, fake, finished, run_folder
 
 import drama
 from tools import check, compare, curves, page, table
+
+
+BAD_SETTINGS = ["{", "null", "[]", "5", '"x"', '{"game": "Pong"}',
+                '{"game": [], "preset": "laptop", "steps": 9, "seed": 0}',
+                '{"game": "Pong", "preset": 3, "steps": 9, "seed": 0}',
+                '{"game": "Pong", "preset": "laptop", "steps": "x", "seed": 0}']
 
 
 def drawable(folder, game="Dot", rows=("100,0,100,", "200,10,100,", "400,20,200,"), **flags):
@@ -80,6 +86,12 @@ def test_ticks_are_round(low, high, expected):
     close(curves.ticks(low, high), np.array(expected, float), 1e-9)
 
 
+@pytest.mark.parametrize("score", [2e31, -2e31])
+def test_huge_scores_that_are_all_equal_have_ticks(score):
+    first, *_, last = curves.ticks(score, score)
+    assert first <= score + 1e17 and score < last  # but for rounding
+
+
 def test_forty_runs_stay_in_the_panel_and_beside_the_plot(place):
     names = [f"{number:02d}-{'long' * 9}" for number in range(40)]
     assert curves.main([drawable(place / name) for name in names]) == 0
@@ -98,11 +110,14 @@ def test_forty_runs_stay_in_the_panel_and_beside_the_plot(place):
 def test_what_can_be_drawn_is_drawn_and_the_rest_named(place, capsys):
     drawable(place / "run-1"), drawable(place / "run-2"), drawable(place / "run-young", rows=[])
     (place / "run-list").mkdir()
-    (place / "run-list" / "settings.json").write_text("[1]")
+    for damaged in BAD_SETTINGS:
+        (place / "run-list" / "settings.json").write_text(damaged)
+        refused(capsys, curves.main, ["run-list"], "run-list/settings.json is damaged")
     drawable(place / "run-bad", rows=["100,0,100,", "150,xx,50,1"])
     drawable(place / "run-hole", rows=["100,0,100,", "150,,50,1"])
     (place / "run-file").write_text("no folder")
-    assert curves.main(["run-*", "nowhere"]) == 0  # as a shell that knows no patterns gives it
+    argv = ["run-*", "run-1", "nowhere"]  # as a shell that knows no patterns gives it; one twice
+    assert curves.main(argv) == 0
     err = capsys.readouterr().err.splitlines()
     assert [line.split()[:3] for line in err] == [["left", "out:", "run-bad/episodes.csv"],
                                                   ["left", "out:", "run-hole/episodes.csv"],
@@ -136,15 +151,15 @@ def test_no_tool_writes_over_a_file_that_is_not_its_own(tool, argv, file, run_fo
     Path("run.npz").mkdir()
     before = contents(run_folder)
     for name in (f"run/{file}", "run.npz"):
-        refused(capsys, tool.main, [*argv, name], f"{name} is there( and was not written by this)?: "
-                f"{argv[-1]} FILE")
+        says = f"{name} is there( and was not written by this)?: {argv[-1]} FILE"
+        refused(capsys, tool.main, [*argv, name], says)
     refused(capsys, tool.main, [*argv, f"run/{file}/a.npz"], f"{file} cannot be written to: ")
     fake.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     refused(capsys, tool.main, [*argv, "new/a.npz"], f"new cannot be written to: {argv[-1]} FILE")
     assert contents(run_folder) == before
 
 
-@pytest.mark.parametrize("damaged", ["[1]", "{", '{"step": 64}', '{"step": 64, "scores": "ab"}'])
+@pytest.mark.parametrize("damaged", DAMAGED)
 def test_a_damaged_evaluation_is_named(damaged, place, capsys):
     drawable(place / "a")
     (place / "a" / "evaluation-000064.json").write_text(damaged)

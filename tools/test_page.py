@@ -262,7 +262,8 @@ def growing(tmp_path):
     """A run of KungFuMaster, 400 of 1,000 steps old, that is writing a row."""
     folder = tmp_path / "growing"
     folder.mkdir()
-    (folder / "settings.json").write_text('{"game": "KungFuMaster", "steps": 1000, "seed": 4}')
+    settings = dict(game="KungFuMaster", preset="laptop", steps=1000, seed=4)
+    (folder / "settings.json").write_text(json.dumps(settings))
     (folder / "episodes.csv").write_text("step,score,length\n100,5,9\n300,7.5,9\n40")
     (folder / "metrics.csv").write_text(
         "step,kl,steps_per_second\n200,,\n300,nan,2\n400,6.5,4\n500,1")
@@ -290,7 +291,8 @@ def test_progress_is_what_the_files_say_and_they_stay_as_they_are(growing):
 
 def test_a_run_that_has_only_begun_or_is_damaged_is_named_beside_the_others(growing, tmp_path):
     young, broken = tmp_path / "young", tmp_path / "broken"
-    for folder, text in ((young, '{"game": "Dot", "steps": 9, "seed": 0}'), (broken, "{")):
+    for folder, text in (
+            (young, '{"game": "Dot", "preset": "best", "steps": 9, "seed": 0}'), (broken, "{")):
         folder.mkdir()
         (folder / "settings.json").write_text(text)
     here = page.Page([broken, tmp_path / "file.pt", young, growing], "cpu")
@@ -407,7 +409,11 @@ def test_a_fault_of_ours_is_told_and_ends_nothing(port, monkeypatch, capfd):
 
 
 def test_bad_flags_are_refused(run_folder, tmp_path, port, capsys):
+    (tmp_path / "notes.pt").write_text("mine")
+    (tmp_path / "empty").mkdir()
     for argv, says in (([tmp_path / "none"], "there is no folder"), ([], "RUN"),
+                       ([run_folder, tmp_path / "notes.pt"], "notes.pt is no agent that --export"),
+                       ([run_folder, tmp_path / "empty"], "empty holds no run"),
                        ([run_folder, "--port", port], f"port {port} cannot be had"),
                        ([run_folder, "--port", "70000"], "--port must be from 0"),
                        ([run_folder, "--port", "x"], "x is not a whole number"),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_curves import BAD_SETTINGS
+from test_drama import DAMAGED
 
 from tools import table
 
@@ -192,7 +194,8 @@ def test_a_run_that_went_on_after_its_end_is_known_by_its_evaluations(tmp_path, 
     rows = lines(capsys, tmp_path)[2:5]
     assert sorted((row[3], row[5].split()[0]) for row in rows) == [
         ("1", "20.0"), ("1", "30.0"), ("2", "5.0")]
-    assert [row[1] for row in rows if row[5].startswith("20.0")] == ["laptop, steps as many, after 1000"]
+    assert [row[1] for row in rows if row[5].startswith("20.0")] == [
+        "laptop, steps as many, after 1000"]
 
 
 def test_settings_that_an_older_version_wrote_in_its_words_are_the_same(tmp_path, capsys):
@@ -293,12 +296,16 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, capsys):
     assert lines(capsys, good, "--json", tmp_path / "file", code=2) == (
         f"tools.table: {tmp_path / 'file'} cannot be written to: --json FOLDER names another "
         "place.\n")
-    for name, text in [("settings.json", "{"), ("episodes.csv", "step,score\nx,1\n"),
-                       ("evaluation-001000.json", "[]")]:
-        folder = make_run(tmp_path / f"bad-{name}", [(1000, [9])])
+    for name, text in [("episodes.csv", "step,score\nx,1\n"), ("branch.json", "[]"),
+                       *(("settings.json", text) for text in BAD_SETTINGS),
+                       *(("evaluation-001000.json", text) for text in DAMAGED)]:
+        folder = make_run(tmp_path / "bad", [(1000, [9])])
         (folder / name).write_text(text)
-        culprit = folder / name if name == "episodes.csv" else f"a file of {folder}"
-        assert f"{culprit} is damaged" in lines(capsys, folder, code=2)
+        assert f"{folder / name} is damaged" in lines(capsys, folder, code=2), text
+        shutil.rmtree(folder)
+    both = ["--csv", tmp_path / "new.csv", "--json", tmp_path / "file"]
+    assert "cannot be written to" in lines(capsys, good, *both, code=2)
+    assert not (tmp_path / "new.csv").exists()
 
 
 def test_all_results_of_this_repository_make_a_table(capsys):
