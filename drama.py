@@ -804,8 +804,8 @@ class GymnasiumGame:
 
     @in_one_sentence("the game fails")
     def reset(self, seeds) -> np.ndarray:
-        seen = [picture for env, seed in zip(self.envs, seeds, strict=True)
-                for picture, _ in [env.reset(seed=int(seed))]]
+        seen, _ = zip(*(env.reset(seed=int(seed))
+                        for env, seed in zip(self.envs, seeds, strict=True)))
         self.frames = np.stack([self.frame_of(copy, each) for copy, each in enumerate(seen)])
         self.steps, (self.terminal, self.done) = 0, np.zeros((2, len(seen)), bool)
         return self.frames.copy()
