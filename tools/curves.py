@@ -51,7 +51,8 @@ def kept_settings(folder: Path) -> dict:
         settings = DEFAULTS | dict(game=None, preset=None)  # these two it must name
         settings |= in_todays_words(dict(json.loads(path.read_bytes())))
         for name, value in DEFAULTS.items():
-            if not isinstance(settings[name], (type(value), int)[: 1 + isinstance(value, float)]):
+            kinds = (int, float) if isinstance(value, float) else type(value)
+            if not isinstance(settings[name], kinds):
                 raise TypeError
         return settings
 
